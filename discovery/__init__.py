@@ -1,0 +1,1 @@
+"""Who is there and who holds what: membership, journal, following, map. Imports `kvmesh.transport` only."""
