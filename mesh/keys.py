@@ -7,11 +7,18 @@ A key is the keyed BLAKE2b-256 of (namespace, parent key, tokens):
     key[0]      = BLAKE2b-256(namespace | 32 zero bytes | tokens[0:n], key=tenant_key, person="kvmesh-chunk")
     key[i]      = BLAKE2b-256(namespace | key[i-1]      | tokens[i*n:(i+1)*n], key=tenant_key, person="kvmesh-chunk")
 
-where n is `chunk_tokens` and tokens are little-endian uint32. The canonical bytes of a namespace are its fields in a fixed order, each with
-its name and a length in front, so no two different namespaces have the same bytes. Test vectors: tests/mesh/test_keys.py.
+where n is `chunk_tokens` and tokens are little-endian uint32. The canonical bytes of a namespace are a row of texts in
+UTF-8, each with its length as a little-endian uint32 in front, so no two different namespaces have the same bytes:
 
-A wrong byte in a cache is worse than a miss, so whatever changes the content of the tensors must be a field here: a new field
-of the engine's goes into `layout` (engine, backend, block format) or `tensors`. This module does no I/O and does not import torch.
+    "kvmesh namespace 1"
+    name, value       for model, revision, dtype, layers, kv_heads, head_dim, layout, chunk_tokens, shard ("rank/size")
+    "tensor", name, dtype, shape ("4x2x8")       for each tensor, ordered by name
+
+Test vectors: tests/mesh/test_keys.py.
+
+A wrong byte in a cache is worse than a miss, so whatever changes the content of the tensors must be a field here: a new
+field of the engine's goes into `layout` (engine, backend, block format) or `tensors`. This module does no I/O and does
+not import torch.
 """
 
 from __future__ import annotations
@@ -19,7 +26,9 @@ from __future__ import annotations
 import array
 import hashlib
 import math
+import operator
 import struct
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -63,8 +72,9 @@ class TensorSpec:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPE_BYTES:
             raise NamespaceError(f"dtype {self.dtype!r} is not known: use one of {', '.join(DTYPE_BYTES)}")
-        if not self.shape or not all(isinstance(n, int) and n > 0 for n in self.shape):
+        if not isinstance(self.shape, (tuple, list)) or not self.shape or not all(_is_size(n) for n in self.shape):
             raise NamespaceError(f"tensor shape {self.shape!r} must be one or more positive sizes")
+        object.__setattr__(self, "shape", tuple(self.shape))  # a list, as it comes from JSON
 
     @property
     def bytes(self) -> int:
@@ -76,8 +86,9 @@ class TensorSpec:
 class Namespace:
     """What a chunk belongs to. Two chunks with equal tokens are the same only if every field here is equal.
 
-    `tensors` names the tensors of one chunk. Left empty it is the KV cache of `layout` "torch": one tensor ``kv`` of shape
-    ``[layers, 2, kv_heads, chunk_tokens, head_dim]`` (index 0 of the second axis is K, 1 is V), of this shard's heads only.
+    `tensors` names the tensors of one chunk. Left empty it is the KV cache of `layout` "torch": one tensor ``kv`` of
+    shape ``[layers, 2, kv_heads, chunk_tokens, head_dim]`` (index 0 of the second axis is K, 1 is V), of this shard's
+    heads only.
 
     Raises `NamespaceError`, naming the field.
     """
@@ -93,18 +104,17 @@ class Namespace:
     shard: tuple[int, int] = (0, 1)
     """(rank, size) of tensor parallelism."""
     tenant: str = ""
-    tensors: Mapping[str, TensorSpec] = field(default_factory=dict)
+    tensors: Mapping[str, TensorSpec] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("model", "revision", "dtype", "layout", "tenant"):
-            if not isinstance(getattr(self, name), str):
-                raise NamespaceError(f"namespace field {name!r} must be text, not {getattr(self, name)!r}")
+            _check_text(f"namespace field {name!r}", getattr(self, name))
         for name in ("model", "dtype", "layout"):
             if not getattr(self, name):
                 raise NamespaceError(f"namespace field {name!r} must not be empty")
         for name in ("layers", "kv_heads", "head_dim", "chunk_tokens"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            if not _is_size(value):
                 raise NamespaceError(f"namespace field {name!r} must be a positive whole number, not {value!r}")
         if self.dtype not in DTYPE_BYTES:
             raise NamespaceError(f"namespace field 'dtype' is {self.dtype!r}: use one of {', '.join(DTYPE_BYTES)}")
@@ -119,18 +129,26 @@ class Namespace:
             raise NamespaceError(f"the namespace takes more than {NAMESPACE_BYTES_MAX} bytes: shorten its names")
 
     def _tensors(self) -> dict[str, TensorSpec]:
-        if self.tensors:
-            if len(self.tensors) > TENSORS_PER_CHUNK_MAX:
-                raise NamespaceError(f"namespace field 'tensors' has more than {TENSORS_PER_CHUNK_MAX} tensors")
-            return {name: self.tensors[name] for name in sorted(self.tensors)}
-        if self.layout != "torch":
-            raise NamespaceError(f"namespace field 'tensors' must be given for layout {self.layout!r}")
         shape = (self.layers, 2, self.kv_heads, self.chunk_tokens, self.head_dim)
-        return {"kv": TensorSpec(self.dtype, shape)}
+        kv = TensorSpec(self.dtype, shape)
+        if not self.tensors:
+            if self.layout != "torch":
+                raise NamespaceError(f"namespace field 'tensors' must be given for layout {self.layout!r}")
+            return {"kv": kv}
+        if len(self.tensors) > TENSORS_PER_CHUNK_MAX:
+            raise NamespaceError(f"namespace field 'tensors' has more than {TENSORS_PER_CHUNK_MAX} tensors")
+        for name, spec in self.tensors.items():
+            _check_text("a name in namespace field 'tensors'", name)
+            if not isinstance(spec, TensorSpec):
+                raise NamespaceError(f"namespace field 'tensors' has {spec!r} for {name!r}, which is not a TensorSpec")
+        # dataclasses.replace() hands the old spec on beside a new chunk_tokens: the two must not part unseen.
+        if self.layout == "torch" and self.tensors.get("kv", kv) != kv:
+            raise NamespaceError(f"namespace field 'tensors' has kv as {self.tensors['kv']}, but its fields say {kv}")
+        return {name: self.tensors[name] for name in sorted(self.tensors)}
 
     @cached_property
     def chunk_bytes(self) -> int:
-        """The size of one chunk in the arena: its tensors one after the other, by name, each at a multiple of 64 bytes."""
+        """The size of one chunk in the arena: its tensors one after the other, each at a multiple of 64 bytes."""
         end = 0
         for start, spec in self.placements.values():
             end = start + spec.bytes
@@ -184,15 +202,16 @@ class Namespace:
 
     def extend(self, parent: bytes, token_ids: Tokens) -> list[bytes]:
         """As `chain`, for tokens that follow the chunk `parent`."""
-        data = token_bytes(token_ids)
+        if len(parent) != KEY_BYTES:
+            raise NamespaceError(f"a parent key has {KEY_BYTES} bytes, not {len(parent)}")
+        view = token_bytes(token_ids)
         step = self.chunk_tokens * 4
-        if len(data) // step > CHAIN_CHUNKS_MAX:
+        if len(view) // step > CHAIN_CHUNKS_MAX:
             raise NamespaceError(f"the prompt has more than {CHAIN_CHUNKS_MAX} chunks of {self.chunk_tokens} tokens")
         # The keyed state with the namespace in it is made once and copied: a copy is cheaper than keying again.
         base = hashlib.blake2b(self.digest, digest_size=KEY_BYTES, key=self._tenant_key, person=b"kvmesh-chunk")
-        view = memoryview(data)
         keys: list[bytes] = []
-        for start in range(0, len(data) - step + 1, step):
+        for start in range(0, len(view) - step + 1, step):
             state = base.copy()
             state.update(parent)
             state.update(view[start : start + step])
@@ -201,27 +220,46 @@ class Namespace:
         return keys
 
 
-def token_bytes(token_ids: Tokens) -> bytes:
-    """Token ids as little-endian uint32, without Python work per token."""
+def token_bytes(token_ids: Tokens) -> memoryview:
+    """Token ids as little-endian uint32, without Python work per token; not copied where they are that already."""
     if isinstance(token_ids, (list, tuple)):
         try:
             data = array.array("I", token_ids)
         except (OverflowError, TypeError) as error:
             raise NamespaceError(f"token ids must be whole numbers from 0 to 2^32-1: {error}") from None
-        return data.tobytes() if np.little_endian else np.asarray(data).astype("<u4").tobytes()
-    tokens = np.asarray(token_ids)
+        if sys.byteorder == "big":
+            data.byteswap()
+        return memoryview(data).cast("B")
+    try:
+        tokens = np.asarray(token_ids)
+    except (TypeError, ValueError, RuntimeError) as error:  # a tensor on a GPU, of a dtype that numpy lacks, or ragged
+        raise NamespaceError(f"token ids must be one row of whole numbers in CPU memory: {error}") from None
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise NamespaceError(f"token ids must be one row of whole numbers, not {tokens.dtype} of shape {tokens.shape}")
     if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) > 0xFFFFFFFF):
         raise NamespaceError("token ids must lie between 0 and 2^32-1")
-    return tokens.astype("<u4").tobytes()
+    return np.ascontiguousarray(tokens, "<u4").view("u1").data
 
 
 def _shard(value: Sequence[SupportsIndex]) -> tuple[int, int]:
     try:
-        rank, size = (int(part) for part in value)
+        rank, size = (operator.index(part) for part in value)
     except (TypeError, ValueError):
         raise NamespaceError(f"namespace field 'shard' must be (rank, size), not {value!r}") from None
     if not 0 <= rank < size:
         raise NamespaceError(f"namespace field 'shard' is ({rank}, {size}): the rank must be from 0 to size-1")
     return rank, size
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _check_text(what: str, value: object) -> None:
+    """Text that can be written as UTF-8: a lone surrogate has no bytes, so it can name nothing."""
+    if not isinstance(value, str):
+        raise NamespaceError(f"{what} must be text, not {value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise NamespaceError(f"{what} is {value!r}, which is not valid Unicode") from None

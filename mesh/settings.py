@@ -1,7 +1,7 @@
 """What a long-running command can be told, as plain frozen values with their defaults and their checks.
 
-Where a value comes from (a flag, a ``KVMESH_*`` variable, a TOML file) is the CLI's business: `kvmesh.cli`. Nothing here opens a file or
-a socket, and nothing here imports more than the standard library, so that ``kvmesh --help`` stays quick.
+Where a value comes from (a flag, a ``KVMESH_*`` variable, a TOML file) is the CLI's business: `kvmesh.cli`. Nothing
+here opens a file or a socket, or imports more than the standard library: ``kvmesh --help`` stays quick.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvmesh.transport.errors import SettingsError
-from kvmesh.transport.limits import ARENA_BYTES_DEFAULT, NAME_BYTES_MAX
+from kvmesh.transport.limits import ARENA_BYTES_DEFAULT, EXTENT_ALIGNMENT_BYTES, NAME_BYTES_MAX
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 MESH_PORT_DEFAULT = 7950
+LOG_LEVELS = ("debug", "info", "warning", "error")
+SOCKET_PATH_BYTES_MAX = 107
+"""What fits into the kernel's ``sockaddr_un``; a longer path fails at bind with a message that says nothing."""
 SIZE_UNITS = {"": 1, "B": 1, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
               "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}  # fmt: skip
 
@@ -57,10 +60,11 @@ class NodeSettings:
                 f"--bind {self.bind}: kvmesh listens on loopback only, since peers are not authenticated yet; "
                 "use --bind 127.0.0.1"
             )
-        if not 0 <= self.mesh_port <= 65535:
-            raise SettingsError(f"--mesh-port {self.mesh_port}: use a port from 1 to 65535, or 0 for any free one")
+        parse_port(str(self.mesh_port))
         for address in self.join:
             parse_address(address, flag="--join")
+        if self.log_level not in LOG_LEVELS:
+            raise SettingsError(f"--log-level {self.log_level!r}: use one of {', '.join(LOG_LEVELS)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,17 @@ class AgentSettings(NodeSettings):
 
     memory_bytes: int = ARENA_BYTES_DEFAULT
     socket: Path = field(default_factory=socket_default)
+
+    def __post_init__(self) -> None:
+        # Not super(): a slotted dataclass is a second class, which the zero-argument form does not know.
+        NodeSettings.__post_init__(self)
+        if self.memory_bytes < EXTENT_ALIGNMENT_BYTES:
+            raise SettingsError(f"--memory {self.memory_bytes}: too small to hold a chunk; write for example 4GiB")
+        if len(os.fsencode(self.socket)) > SOCKET_PATH_BYTES_MAX:
+            raise SettingsError(
+                f"--socket {self.socket}: the path of a unix socket has at most {SOCKET_PATH_BYTES_MAX} bytes; "
+                "use a shorter one"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +97,13 @@ def parse_size(text: str, *, flag: str = "--memory") -> int:
     if not match or match[2].upper() not in SIZE_UNITS:
         raise SettingsError(f"{flag} {text!r} is not a size: write for example 8GiB, 512MiB or 500MB")
     return int(float(match[1]) * SIZE_UNITS[match[2].upper()])
+
+
+def parse_port(text: str, *, flag: str = "--mesh-port") -> int:
+    """A port to listen on; 0 stands for any free one."""
+    if not re.fullmatch(r"\d{1,5}", text) or int(text) > 65535:
+        raise SettingsError(f"{flag} {text}: use a port from 1 to 65535, or 0 for any free one")
+    return int(text)
 
 
 def parse_address(text: str, *, flag: str) -> tuple[str, int]:

@@ -6,6 +6,7 @@
     │   ├── TensorError          a tensor's name, shape, dtype or device is not what its namespace says
     │   ├── ChunkTooLargeError   a chunk can never fit into the arena
     │   ├── LeaseError           a hit was used after its release
+    │   ├── UnsupportedModelError a model's cache cannot be shared safely: run it without the mesh
     │   └── SettingsError        a flag, a variable, a file or an address is not usable
     ├── AgentUnavailableError    the local agent is not there, or went away: start it, then connect again
     │   └── VersionMismatchError the agent speaks another version of the protocol: upgrade one of the two
@@ -41,6 +42,10 @@ class ChunkTooLargeError(CallerError):
 
 class LeaseError(CallerError):
     """A hit was used after its ``with`` block. Copy what you need inside the block."""
+
+
+class UnsupportedModelError(CallerError):
+    """A model's cache is not a function of the tokens alone, or has a form that chunks cannot hold. The message says why."""
 
 
 class SettingsError(CallerError):

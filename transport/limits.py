@@ -72,6 +72,37 @@ CALLS_SERVED_MAX: Final = 1024
 CALL_TIMEOUT_S: Final = 2.0
 SERVED_READ_IDLE_S: Final = 30.0
 """A read whose reader grants no credit for so long is ended by the holder, and its leases are given back."""
+HEADER_BYTES_MAX: Final = 4 * KIB
+"""The header of one message between nodes: a few numbers, or `ITEMS_PER_MESSAGE_MAX` items."""
+READ_WINDOW_BYTES_MIN: Final = 64 * KIB
+"""The smallest credit that a holder accepts: below it a read would be all headers."""
+FRAMES_PER_WINDOW: Final = 16
+"""A holder's frames are at most this part of the window, so that several are under way at once. 1 MiB frames measured best."""
+SMALL_CHUNK_BYTES: Final = 128 * KIB
+"""Chunks up to this size are copied, several to a frame: cheaper there than the bookkeeping of a send without a copy."""
+ITEMS_PER_MESSAGE_MAX: Final = 64
+ITEM_COST_BYTES: Final = 256
+"""What each item of a bulk message costs of the reader's credit beside its bytes, so that tiny chunks are bounded as well."""
+WANTS_SERVED_MAX: Final = 1 << 20
+"""Chunks still to send in all the reads that one holder serves: 40 MiB of keys and sizes."""
+REFUSAL_CHARS_MAX: Final = 512
+IO_THREADS: Final = 2
+"""libzmq's threads of one transport: sending and receiving bulk do not share one."""
+BULK_LINKS_PER_PEER_MAX: Final = 2
+"""Connections for bulk to one peer. Reads at the same time spread over them."""
+LINK_IDLE_S: Final = 60.0
+"""A connection without a call or a read for so long is closed; the next one opens it again."""
+CONNECT_TIMEOUT_S: Final = 3.0
+HANDSHAKE_TIMEOUT_S: Final = 3.0
+HEARTBEAT_INTERVAL_S: Final = 2.0
+HEARTBEAT_TIMEOUT_S: Final = 6.0
+"""A connection whose other end is silent for so long is lost. libzmq's threads answer, so a busy process is not silent."""
+SEND_QUEUE_MESSAGES: Final = 1024
+"""Messages that wait to be sent on one connection. A message beyond it is refused, or waits for the reader's next credit."""
+RECEIVE_QUEUE_MESSAGES: Final = 64
+"""Messages of one connection that were received and not looked at. Beyond it TCP holds the sender back."""
+LOANS_RETURN_S: Final = 5.0
+"""How long a closing transport waits for libzmq to be done with the last frames. It takes milliseconds."""
 
 # --- discovery -------------------------------------------------------------------------------------------------------
 PEERS_MAX: Final = 4096
@@ -92,3 +123,65 @@ FOLLOW_TIMEOUT_S: Final = 3.0
 SNAPSHOTS_AT_ONCE_MAX: Final = 8
 """Followers that one node sends a snapshot to at once."""
 FOLLOWERS_MAX: Final = 1024
+FOLLOWS_HELD_MAX: Final = CALLS_SERVED_MAX // 2
+"""Questions of followers that one node holds open at once. Beyond it a follower is answered at once and asks again later,
+so that pings and snapshots always find a free call."""
+FOLLOW_GATHER_S: Final = 0.001
+"""How long after a change a node waits, for each question that it holds, before it answers them all: entries gather
+meanwhile, and a busy journal with many followers does not answer each of them for each entry."""
+FOLLOW_GATHER_S_MAX: Final = 0.25
+FOLLOW_BEHIND_S: Final = 0.5
+"""How long a head may show more than a follower has before its question counts as lost; grows when losses repeat."""
+FOLLOW_RETRY_S: Final = 0.1
+"""A follower's first wait after a lost question; it doubles up to the bound below."""
+FOLLOW_RETRY_S_MAX: Final = 5.0
+SNAPSHOT_PAGE_ENTRIES_MAX: Final = 16_384
+"""Chunks in one page of a snapshot: at most 1 MiB."""
+SNAPSHOT_IDLE_S: Final = 5.0
+"""A follower that asks for no further page for so long has given its snapshot up."""
+SNAPSHOT_RETRY_S: Final = 0.5
+"""How long a follower is asked to wait for its snapshot when others are being served."""
+DESCRIPTIONS_MAX: Final = SPACES_MAX
+"""Namespaces that one journal describes."""
+DESCRIPTION_BYTES_MAX: Final = 2 * KIB
+DESCRIPTIONS_PAGE_BYTES_MAX: Final = 1 * MIB
+MAP_ENTRIES_MAX: Final = 2_000_000
+"""Chunks that one map records, over all nodes. Beyond it the map refuses more and says that it is not complete."""
+PING_RETRY_S: Final = 0.25
+"""Between two pings to a member that missed one: several fit into the time from suspect to failed."""
+FAILED_PING_INTERVAL_S: Final = 5.0
+"""Between two pings to a member that failed, or to an address of the list where nobody answers."""
+HEARSAY_PINGS_MAX: Final = 4
+"""Pings to an address that only another member named, before it is dropped."""
+PEERS_TOLD_MAX: Final = 64
+"""Addresses of other members in one answer to a ping."""
+PAUSE_S: Final = 2.0
+"""A process that did nothing for so long was stopped: what it believes lost may wait in its own queues."""
+NAME_CONFLICT_S: Final = 5.0
+"""A message of an older epoch that comes so long after the newer one is no late packet: two processes have one name."""
+CONFLICTS_MAX: Final = 64
+ADDRESS_CHARS_MAX: Final = 300
+META_ITEMS_MAX: Final = 32
+META_CHARS_MAX: Final = 512
+"""One value of a member's meta."""
+
+# --- engines ---------------------------------------------------------------------------------------------------------
+ENGINE_DEADLINE_MIN_S: Final = 0.05
+"""The shortest deadline of a load that an engine derives: below it a busy scheduler alone makes a local hit a miss."""
+ENGINE_DEADLINE_MAX_S: Final = 30.0
+ENGINE_CONNECT_TIMEOUT_S: Final = 0.5
+"""How long a request may wait for the handshake with a local agent that went away before."""
+ENGINE_RECONNECT_INTERVAL_MIN_S: Final = 1.0
+"""After a lost connection the engine does without the mesh for so long; each failed attempt doubles it."""
+ENGINE_RECONNECT_INTERVAL_MAX_S: Final = 30.0
+
+# --- fetching --------------------------------------------------------------------------------------------------------
+FETCHES_MAX: Final = 256
+"""Fetches that one node has under way at once; a further chain is a miss."""
+FETCH_FAILED_HOLDERS_MAX: Final = 2
+"""Holders that may fail one fetch before it ends: a stale map must not cost more than that."""
+EXPIRY_SWEEP_S: Final = 1.0
+"""How often an agent removes the chunks whose ``ttl_s`` is over."""
+SESSION_BACKLOG_BYTES_MAX: Final = 16 * MIB
+"""Answers that wait for a client that does not read. Beyond it the connection is closed."""
+PREFETCH_DEADLINE_DEFAULT_S: Final = 10.0

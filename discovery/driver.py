@@ -1,0 +1,323 @@
+"""Runs discovery on asyncio, over the calls of a transport: timers, tasks and bytes, and not one decision.
+
+Owns: the tasks of calls under way, one timer, and the answers that peers still wait for. Everything runs on the loop
+that `start` was called on; the journal must be changed on that loop too. What a peer sends or raises is counted, never
+passed on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+from typing import Protocol
+
+from kvmesh.transport.errors import PeerError, ProtocolError
+from kvmesh.transport.limits import MAP_ENTRIES_MAX, PING_TIMEOUT_S
+
+from .actions import (
+    Action,
+    Answered,
+    Call,
+    Event,
+    JournalChanged,
+    Lost,
+    Notify,
+    Refuse,
+    Reply,
+    Requested,
+    Started,
+    Stopping,
+    Ticked,
+    Withdrawn,
+)
+from .core import Core
+from .following import FollowerCounters
+from .head import Head
+from .journal import Journal
+from .map import ClusterMap
+from .membership import Conflict, Failed, HeadTold, Joined, Left, Member, MemberState
+from .messages import Identity, decode_answer, decode_request, encode
+from .static import PingCounters, StaticMembership
+
+CALL_PREFIX = b"D"
+"""The first byte of a call that belongs to discovery."""
+_TIMER_S_MIN = 0.001
+
+_log = logging.getLogger("kvmesh.discovery")
+
+
+class TransportCall(Protocol):
+    """`kvmesh.transport.Transport.call`."""
+
+    def __call__(self, address: str, request: bytes, *, timeout_s: float) -> Awaitable[bytes]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DiscoveryStats:
+    """A copy of what discovery counts."""
+
+    pings: PingCounters
+    following: FollowerCounters
+    followers: int
+    """Nodes that are followed now."""
+    map_entries: int
+    map_entries_refused: int
+    """Chunks that found no room in the map."""
+    snapshots_served: int
+    snapshots_refused: int
+    """Times that a follower was told to come back for its snapshot."""
+    calls_failed: int
+    """Calls to peers that got no answer in time."""
+    protocol_errors: int
+    """Messages of peers, either way, that could not be read, and calls that peers refused."""
+    unexpected_errors: int
+    """Exceptions of a transport that are none of its documented ones."""
+
+
+class Discovery:
+    """Who is there and who holds what, kept up to date in the background.
+
+    `transport_call` is the `call` of this process's transport; its handler must pass calls that begin with
+    `CALL_PREFIX`, without that byte, to `handle`. `journal` is None for a process that holds nothing. `peers` are
+    addresses; one of a process that runs is enough.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        transport_call: TransportCall,
+        journal: Journal | None,
+        peers: Sequence[str],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        random: Random | None = None,
+        map_entries_max: int = MAP_ENTRIES_MAX,
+    ) -> None:
+        assert journal is None or (journal.name, journal.epoch) == (identity.name, identity.epoch)
+        random = random or Random()  # noqa: S311 - spreads load; no secret depends on it
+        self.identity = identity
+        self.map = ClusterMap(random=random, entries_max=map_entries_max)
+        self._journal = journal
+        self._call = transport_call
+        self._clock = clock
+        self._membership = StaticMembership(identity, peers, head=lambda: self.local_head, random=random)
+        self._core = Core(identity.name, self._membership, self.map, journal, random)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = float("inf")
+        self._replies: dict[int, asyncio.Future[bytes]] = {}
+        self._next_token = 0
+        self._watchers: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
+        self._running = False
+        self._calls_failed = self._protocol_errors = self._unexpected_errors = 0
+
+    # --- life ----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Begin to look for peers. Returns at once; `wait_for` waits for what is to be seen."""
+        assert not self._running
+        self._running = True
+        if self._journal is not None:
+            self._journal.on_change.append(self._journal_changed)
+        self._dispatch(Started())
+
+    async def stop(self) -> None:
+        """Tell the members that this process leaves, and end every task. A second call does nothing."""
+        if not self._running:
+            return
+        if self._journal is not None:
+            self._journal.on_change.remove(self._journal_changed)
+        earlier = set(self._tasks)
+        self._dispatch(Stopping())
+        self._running = False
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in earlier:
+            task.cancel()
+        leaving = self._tasks - earlier
+        if leaving:
+            await asyncio.wait(leaving, timeout=PING_TIMEOUT_S)
+        for task in leaving:
+            task.cancel()
+        await asyncio.gather(*earlier, *leaving, return_exceptions=True)
+        for _, watcher in self._watchers:
+            watcher.cancel()
+
+    async def handle(self, request: bytes) -> bytes:
+        """The answer to a peer's call, without its prefix. Raises `ProtocolError`; may wait (a long poll)."""
+        if not self._running:
+            raise ProtocolError("this node is not running")
+        try:
+            message = decode_request(request)
+        except ProtocolError:
+            self._protocol_errors += 1
+            raise
+        self._next_token += 1
+        token = self._next_token
+        reply: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        self._replies[token] = reply
+        try:
+            self._dispatch(Requested(token, message))
+            return await reply
+        finally:
+            del self._replies[token]
+            if reply.cancelled():
+                self._dispatch(Withdrawn(token))
+
+    # --- what there is to see ------------------------------------------------------------------------------------
+
+    @property
+    def local_head(self) -> Head | None:
+        """The head of the own journal."""
+        return None if self._journal is None else self._journal.head
+
+    def members(self) -> list[Member]:
+        """Everyone, this process first, failed and left ones included."""
+        own = self.identity
+        return [
+            Member(
+                own.name, own.role, MemberState.ALIVE, own.address, own.epoch, own.protocol_version,
+                self._clock(), 0.0, self.local_head, own.meta,
+            ),
+            *self._membership.members(),
+        ]  # fmt: skip
+
+    def member(self, name: str) -> Member | None:
+        """Another process, by name."""
+        return self._membership.member(name)
+
+    def rtt_s(self, name: str) -> float | None:
+        """The smoothed round trip to a member; None before it was measured."""
+        member = self._membership.member(name)
+        return None if member is None else member.rtt_s
+
+    def conflicts(self) -> list[Conflict]:
+        """Names that two processes use at the same time, with both addresses."""
+        return self._membership.conflicts()
+
+    def stats(self) -> DiscoveryStats:
+        """A copy of the counters."""
+        publisher = self._core.publisher
+        return DiscoveryStats(
+            pings=replace(self._membership.counters),
+            following=replace(self._core.follower_counters),
+            followers=self._core.followers,
+            map_entries=self.map.entries,
+            map_entries_refused=self.map.entries_refused,
+            snapshots_served=publisher.snapshots_served if publisher else 0,
+            snapshots_refused=publisher.snapshots_refused if publisher else 0,
+            calls_failed=self._calls_failed,
+            protocol_errors=self._protocol_errors,
+            unexpected_errors=self._unexpected_errors,
+        )
+
+    async def wait_for(self, seen: Callable[[], bool], *, timeout_s: float) -> bool:
+        """Wait until `seen()` holds; it is asked after each event. False when it does not within `timeout_s`."""
+        if seen():
+            return True
+        watcher = (seen, asyncio.get_running_loop().create_future())
+        self._watchers.append(watcher)
+        try:
+            async with asyncio.timeout(timeout_s):
+                await watcher[1]
+        except TimeoutError:
+            return seen()
+        finally:
+            self._watchers = [other for other in self._watchers if other is not watcher]
+        return True
+
+    # --- events and actions --------------------------------------------------------------------------------------
+
+    def _dispatch(self, event: Event) -> None:
+        if not self._running:
+            return
+        try:
+            for action in self._core.handle(event, self._clock()):
+                self._perform(action)
+        finally:
+            self._arm()
+        for seen, watcher in self._watchers:
+            if not watcher.done() and seen():
+                watcher.set_result(None)
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case Call():
+                task = asyncio.get_running_loop().create_task(self._ask(action))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            case Reply(token, message):
+                reply = self._replies.get(token)
+                if reply is not None and not reply.done():
+                    reply.set_result(encode(message))
+            case Refuse(token, reason):
+                self._protocol_errors += 1
+                reply = self._replies.get(token)
+                if reply is not None and not reply.done():
+                    reply.set_exception(ProtocolError(reason))
+            case Notify(event):
+                _tell(event)
+            case _:
+                raise AssertionError(f"{action} is the core's own")
+
+    async def _ask(self, call: Call) -> None:
+        """Make one call, and report how it ended."""
+        event: Event = Lost(call.tag)
+        try:
+            request = CALL_PREFIX + encode(call.message)
+            answer = await self._call(call.address, request, timeout_s=call.timeout_s)
+            event = Answered(call.tag, decode_answer(answer))
+        except ProtocolError as error:
+            self._protocol_errors += 1
+            _log.debug("%s refused or sent what cannot be read: %r", call.address, error)
+        except PeerError:
+            self._calls_failed += 1
+        except Exception:  # noqa: BLE001 - any error of a transport is a lost call; discovery must outlive it
+            self._unexpected_errors += 1
+            _log.exception("a call to %s failed unexpectedly", call.address)
+        self._dispatch(event)
+
+    def _journal_changed(self) -> None:
+        self._dispatch(JournalChanged())
+
+    def _arm(self) -> None:
+        """Set the timer to when the core wants it."""
+        at = self._core.wake_at()
+        if at == self._timer_at or not self._running:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._timer_at = at
+        if at < float("inf"):
+            delay_s = max(at - self._clock(), _TIMER_S_MIN)
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer, self._timer_at = None, float("inf")
+        self._dispatch(Ticked())
+
+
+def _tell(event: object) -> None:
+    """What an operator wants to read."""
+    match event:
+        case Joined(member):
+            _log.info("%s %s joined at %s, epoch %d", member.role, member.name, member.address, member.epoch)
+        case Failed(member):
+            _log.warning(
+                "%s %s at %s does not answer: its chunks are forgotten", member.role, member.name, member.address
+            )
+        case Left(member):
+            _log.info("%s %s left", member.role, member.name)
+        case Conflict(name, address, other_address):
+            _log.warning(
+                "two processes are called %s: %s and %s; give one another --name", name, address, other_address
+            )
+        case HeadTold():
+            pass
+        case _:
+            _log.debug("%s", event)

@@ -1,0 +1,311 @@
+"""The client: what an engine or a script uses of the mesh, through the agent on its own host.
+
+    mesh = kvmesh.connect()
+    mesh.put(space, {key: tensor})
+    with mesh.get(space, space.chain(token_ids)) as hit: ...
+
+A `Mesh` may be used from any number of threads. Each call takes a connection of its own from a small pool, so a get that waits for peers never
+holds up another thread's call; a hit keeps its connection until the agent's last report. From asyncio use `kvmesh.aio`.
+Bytes never pass the socket: a put copies into the arena, a get returns views of it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from kvmesh import protocol, queries
+from kvmesh.arena import Arena
+from kvmesh.connection import Connection
+from kvmesh.hit import Hit
+from kvmesh.keys import Namespace
+from kvmesh.settings import socket_default
+from kvmesh.store import Refusal
+from kvmesh.transport.checksum import checksum
+from kvmesh.transport.errors import (
+    AgentUnavailableError,
+    CallerError,
+    ChunkTooLargeError,
+    ProtocolError,
+)
+from kvmesh.transport.limits import (
+    AGENT_HELLO_TIMEOUT_S,
+    CLIENT_CONNECTIONS_MAX,
+    CLIENT_REPLY_GRACE_S,
+    GET_DEADLINE_DEFAULT_S,
+    PREFETCH_DEADLINE_DEFAULT_S,
+)
+
+if TYPE_CHECKING:
+    from kvmesh.tensors import Value
+
+ReplyT = TypeVar("ReplyT", bound=protocol.Message)
+
+
+@dataclass(frozen=True, slots=True)
+class PutResult:
+    """What became of the chunks of one put."""
+
+    stored: int
+    """New in this node."""
+    existed: int
+    """Held already, or being written by another client just now: nothing to do, nothing was copied."""
+    refused: int
+    """No room: the arena is full of chunks that are leased, pinned or being written. An ordinary result."""
+    bytes_stored: int
+
+
+def connect(socket: str | os.PathLike[str] | None = None, *, timeout_s: float = AGENT_HELLO_TIMEOUT_S) -> Mesh:
+    """The mesh, by the local agent at `socket` (else ``KVMESH_SOCKET``, else the default path).
+
+    Raises `AgentUnavailableError` when none answers there, `VersionMismatchError` when it is of another version.
+    """
+    return Mesh(Path(socket) if socket is not None else socket_default(), timeout_s=timeout_s)
+
+
+class Mesh:
+    """The local agent, and through it everyone's chunks. Thread-safe. Close it, or use it in a ``with`` block."""
+
+    def __init__(self, path: Path, *, timeout_s: float) -> None:
+        self.socket = path
+        """Where the agent listens."""
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._places = threading.BoundedSemaphore(CLIENT_CONNECTIONS_MAX)
+        self._idle: list[Connection] = []
+        self._arenas: dict[int, tuple[Arena, Arena]] = {}  # epoch of the agent -> (writable, read-only)
+        self._closed = False
+        self._pid = os.getpid()
+        connection = self._take()
+        self.node = connection.welcome.node
+        """The agent's name."""
+        self.arena_bytes = connection.welcome.arena_bytes
+        """The size of the agent's arena."""
+        self._put_back(connection)
+
+    # --- chunks ----------------------------------------------------------------------------------------------------
+    def put(
+        self, space: Namespace, chunks: Mapping[bytes, Value], *, pin: bool = False, ttl_s: float | None = None
+    ) -> PutResult:
+        """Store chunks in this node; `chunks` maps keys, in the chain's order, to tensors.
+
+        A value is a tensor of the namespace's shape and dtype (on any device), a mapping of its named tensors, or a function
+        that is given the writable view(s) in the arena and fills them; it is called only for chunks that are new.
+        `pin` keeps new chunks until `unpin` or `delete`; after `ttl_s` seconds they expire.
+
+        Raises `TensorError` and `ChunkTooLargeError`. What a fill function raises goes to the caller, and that chunk is not stored.
+        """
+        from kvmesh import tensors  # noqa: PLC0415 - torch is imported only where tensors are
+
+        self._check_size(space)
+        for value in chunks.values():
+            tensors.check(space, value)
+        if ttl_s is not None and not ttl_s > 0:
+            raise CallerError(f"ttl_s is {ttl_s}: give the seconds until the chunks expire, more than 0")
+        keys = list(chunks)
+        with self._connection(space) as connection:
+            blob = protocol.pack_keys(keys)
+            request = protocol.Reserve(connection.next_id(), space.digest[:16], blob)
+            offsets = self._call(connection, request, protocol.Reserved).offsets
+            new = [(key, offset) for key, offset in zip(keys, offsets, strict=True) if offset >= 0]
+            arena, _ = self._arenas[connection.welcome.epoch]
+            sums: list[int] = []
+            try:
+                for key, offset in new:
+                    tensors.write(tensors.views(arena, offset, space), chunks[key])
+                    sums.append(checksum(arena.view(offset, space.chunk_bytes)))
+            finally:
+                # What is whole counts, whatever happened to the chunk after it.
+                done = [key for key, _ in new[: len(sums)]]
+                commit = protocol.Commit(
+                    connection.next_id(), protocol.pack_keys(done), protocol.pack_checksums(sums), pin, ttl_s
+                )
+                stored = self._call(connection, commit, protocol.Counted).chunks if done else 0
+                if left := [key for key, _ in new[len(sums) :]]:
+                    connection.send(protocol.Abandon(0, protocol.pack_keys(left)))
+        refused = sum(offset == Refusal.FULL for offset in offsets)
+        return PutResult(stored, len(keys) - len(new) - refused, refused, stored * space.chunk_bytes)
+
+    def get(self, space: Namespace, chain: Sequence[bytes], *, deadline_s: float = GET_DEADLINE_DEFAULT_S) -> Hit:
+        """The longest run of chunks from the front of `chain` that can be here within `deadline_s` seconds.
+
+        Local chunks are leased at once; the rest is fetched from peers. A miss is a shorter hit, never an exception.
+        """
+        if not deadline_s >= 0:
+            raise CallerError(f"deadline_s is {deadline_s}: give the seconds that the get may take, 0 or more")
+        self._check_size(space)
+        blob = protocol.pack_keys(chain)
+        connection = self._take()
+        try:
+            self._open(connection, space)
+            _, arena = self._arenas[connection.welcome.epoch]
+            hit = Hit(connection, arena, space, len(chain), deadline_s, self._put_back)
+        except BaseException:
+            self._put_back(connection)
+            raise
+        try:
+            connection.send(protocol.Get(connection.next_id(), space.digest[:16], blob, deadline_s))
+        except BaseException:
+            connection.close()
+            self._put_back(connection)
+            raise
+        return hit
+
+    def prefetch(
+        self, space: Namespace, chain: Sequence[bytes], *, deadline_s: float = PREFETCH_DEADLINE_DEFAULT_S
+    ) -> int:
+        """Start to fetch what peers hold of the front of `chain`, and return at once: how many chunks are under way."""
+        self._check_size(space)
+        with self._connection(space) as connection:
+            blob = protocol.pack_keys(chain)
+            request = protocol.Prefetch(connection.next_id(), space.digest[:16], blob, deadline_s)
+            return self._call(connection, request, protocol.Counted).chunks
+
+    def pin(self, chain: Sequence[bytes]) -> int:
+        """Keep this node's copies from eviction until `unpin` or `delete`. Returns how many of `chain` it holds."""
+        return self._count(lambda id_, keys: protocol.Pin(id_, keys, True), chain)
+
+    def unpin(self, chain: Sequence[bytes]) -> int:
+        """Let eviction have this node's copies again. Returns how many of `chain` it holds."""
+        return self._count(lambda id_, keys: protocol.Pin(id_, keys, False), chain)
+
+    def delete(self, chain: Sequence[bytes]) -> int:
+        """Remove this node's copies, pinned or not; one that is being read goes after its last reader. Returns how many."""
+        return self._count(protocol.Delete, chain)
+
+    # --- the cluster -----------------------------------------------------------------------------------------------
+    def locate(self, chain: Sequence[bytes]) -> dict[str, Any]:
+        """Who holds the front of `chain`, the longest run first: ``{"chunks", "holders": [{"node", "run_chunks", "tier"}]}``."""
+        return self._query(queries.Locate(protocol.pack_keys(chain)))
+
+    def nodes(self) -> dict[str, Any]:
+        """The members of the mesh: ``{"nodes": [{"name", "role", "state", "address", "chunks", …}]}``."""
+        return self._query(queries.Nodes())
+
+    def map(self) -> dict[str, Any]:
+        """What is held where: ``{"complete", "entries", "namespaces": […], "nodes": […]}``."""
+        return self._query(queries.Map())
+
+    def stats(self) -> dict[str, Any]:
+        """The local agent's counters: its store, its transport, its fetches, its discovery."""
+        return self._query(queries.Stats())
+
+    # --- its end ---------------------------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Disconnect. Views that are still alive stay valid: their connection closes with the last of them."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.retire()
+        self._arenas.clear()
+
+    def __enter__(self) -> Mesh:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+    def _check_size(self, space: Namespace) -> None:
+        if space.chunk_bytes > self.arena_bytes:
+            raise ChunkTooLargeError(
+                f"a chunk of this namespace has {space.chunk_bytes} bytes and the whole arena of agent {self.node!r} "
+                f"{self.arena_bytes}: start the agent with more --memory, or use fewer chunk_tokens"
+            )
+
+    def _take(self) -> Connection:
+        """A connection for this call alone. Waits for a free place when all are taken."""
+        if self._closed or self._pid != os.getpid():
+            raise AgentUnavailableError("this mesh was closed, or belongs to the parent process: call kvmesh.connect()")
+        self._places.acquire()
+        try:
+            with self._lock:
+                while self._idle:
+                    connection = self._idle.pop()
+                    if not connection.gone():
+                        return connection
+                    connection.close()
+            connection = Connection(self.socket, timeout_s=self._timeout_s)
+            self._map(connection)
+        except BaseException:
+            self._places.release()
+            raise
+        return connection
+
+    def _put_back(self, connection: Connection) -> None:
+        with self._lock:
+            keep = not self._closed and not connection.closed
+            if keep:
+                self._idle.append(connection)
+        if not keep:
+            connection.retire()
+        self._places.release()
+
+    def _map(self, connection: Connection) -> None:
+        """Map the arena that came with the connection, once for each start of the agent."""
+        welcome = connection.welcome
+        try:
+            with self._lock:
+                if welcome.epoch not in self._arenas:
+                    # An agent that has started again has a new arena; views of the old one keep its mapping themselves.
+                    writable = Arena(connection.arena_fd, welcome.arena_bytes, writable=True)
+                    readable = Arena(connection.arena_fd, welcome.arena_bytes, writable=False)
+                    self._arenas = {welcome.epoch: (writable, readable)}
+                    self.arena_bytes = welcome.arena_bytes
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            os.close(connection.arena_fd)
+
+    def _open(self, connection: Connection, space: Namespace) -> None:
+        if space.digest not in connection.spaces:
+            request = protocol.OpenSpace(connection.next_id(), protocol.encode_space(space))
+            self._call(connection, request, protocol.Opened)
+            connection.spaces.add(space.digest)
+
+    @contextmanager
+    def _connection(self, space: Namespace | None = None) -> Iterator[Connection]:
+        connection = self._take()
+        try:
+            if space is not None:
+                self._open(connection, space)
+            yield connection
+        finally:
+            self._put_back(connection)
+
+    def _call(self, connection: Connection, request: protocol.Message, kind: type[ReplyT]) -> ReplyT:
+        try:
+            reply = connection.call(request, timeout_s=self._timeout_s + CLIENT_REPLY_GRACE_S)
+        except CallerError:
+            raise  # the agent's answer: the connection is in order
+        except BaseException:
+            connection.close()  # its answer may still come, and would be taken for the next one's
+            raise
+        if not isinstance(reply, kind):
+            connection.close()
+            raise ProtocolError("the agent answered with something else: its version of kvmesh differs")
+        return reply
+
+    def _count(self, make: Any, chain: Sequence[bytes]) -> int:
+        with self._connection() as connection:
+            request = make(connection.next_id(), protocol.pack_keys(chain))
+            return self._call(connection, request, protocol.Counted).chunks
+
+    def _query(self, question: queries.Question) -> dict[str, Any]:
+        with self._connection() as connection:
+            request = protocol.Query(connection.next_id(), queries.encode(question))
+            answer = self._call(connection, request, protocol.Answer)
+        document: dict[str, Any] = msgspec.json.decode(answer.body)
+        return document

@@ -1,0 +1,195 @@
+"""One connection of a client to its agent: frames in order, one request at a time, and one-way notes from any thread.
+
+Whoever holds a connection sends a request and reads its answers in its own thread: there is no reader thread in between, so an
+answer costs one wake-up. Notes (`Release`) may be sent by any thread at any time, also by a finaliser that the garbage collector runs in
+the middle of a send: they go through a queue that whoever has the socket empties.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import socket
+import threading
+import time
+from pathlib import Path
+
+from kvmesh import protocol
+from kvmesh.transport.errors import AgentUnavailableError, KVMeshError, ProtocolError, VersionMismatchError
+from kvmesh.transport.limits import AGENT_PROTOCOL_VERSION
+
+_RECEIVE_BYTES = 256 * 1024
+
+
+class Connection:
+    """A socket to the agent, past the handshake. `welcome` and `arena_fd` are what the agent said and gave."""
+
+    def __init__(self, path: Path, *, timeout_s: float) -> None:
+        """Connects. Raises `AgentUnavailableError` or `VersionMismatchError`."""
+        self.path = path
+        self._frames: list[bytes] = []
+        self._reader = protocol.FrameReader()
+        self._sending = threading.Lock()
+        self._counting = threading.RLock()  # re-entrant: a finaliser may run in the middle of anything
+        self._notes: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._next_id = 1
+        self.spaces: set[bytes] = set()
+        """Namespaces that this connection has opened."""
+        self.closed = False
+        self._holds = 0  # hits whose leases hang on this connection
+        self._retired = False
+        self._socket = _connect(path, timeout_s)
+        try:
+            self.welcome, self.arena_fd = self._greet(timeout_s)
+        except BaseException:
+            self.close()
+            raise
+
+    def call(self, request: protocol.Message, *, timeout_s: float) -> protocol.Reply:
+        """Send `request` and return its one answer. Raises what the agent answers with, or `AgentUnavailableError`."""
+        self.send(request)
+        return self.receive(timeout_s)
+
+    def next_id(self) -> int:
+        """An id for the next request."""
+        self._next_id += 1
+        return self._next_id
+
+    def send(self, message: protocol.Message) -> None:
+        """Send one frame."""
+        data = protocol.frame(message)
+        with self._sending:
+            self._write(data)
+        self._flush()
+
+    def note(self, message: protocol.Message) -> None:
+        """Send a frame that has no answer, now or with the next one. Never blocks, never raises: for finalisers."""
+        self._notes.put(protocol.frame(message))
+        self._flush()
+
+    def receive(self, timeout_s: float) -> protocol.Reply:
+        """The next answer."""
+        limit = time.monotonic() + timeout_s
+        while not self._frames:
+            left = limit - time.monotonic()
+            if left <= 0:
+                raise self._lost(f"did not answer within {timeout_s:.1f} s")
+            try:
+                self._socket.settimeout(left)
+                data = self._socket.recv(_RECEIVE_BYTES)
+            except TimeoutError:
+                continue
+            except OSError as error:
+                raise self._lost(f"went away ({error.strerror})") from None
+            if not data:
+                raise self._lost("went away")
+            self._frames.extend(self._reader.feed(data))
+        reply = protocol.decode_reply(self._frames.pop(0))
+        if isinstance(reply, protocol.Failed):
+            raise protocol.raised(reply)
+        return reply
+
+    def close(self) -> None:
+        """Close the socket: the agent takes back every lease and reservation of this connection."""
+        self.closed = True
+        self._socket.close()
+
+    def gone(self) -> bool:
+        """Whether the agent has closed its end, as far as can be seen without waiting."""
+        if self.closed:
+            return True
+        try:
+            self._socket.settimeout(0)
+            return self._socket.recv(1, socket.MSG_PEEK) == b""
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def hold(self) -> None:
+        """A hit's leases hang on this connection: it stays open, also when retired, until as many `let_go`."""
+        with self._counting:
+            self._holds += 1
+
+    def let_go(self) -> None:
+        """The leases of one hit are back. Safe in a finaliser."""
+        with self._counting:
+            self._holds -= 1
+        self._close_when_free()
+
+    def retire(self) -> None:
+        """No call will use this connection again: close it as soon as no lease hangs on it."""
+        self._retired = True
+        self._close_when_free()
+
+    def _close_when_free(self) -> None:
+        if self._retired and self._holds == 0:
+            self.close()
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+    def _greet(self, timeout_s: float) -> tuple[protocol.Welcome, int]:
+        self._write(protocol.frame(protocol.Hello(0, AGENT_PROTOCOL_VERSION, os.getpid())))
+        fds: list[int] = []
+        try:
+            self._socket.settimeout(timeout_s)
+            # The descriptor comes with the first byte of the welcome, which is far smaller than the buffer.
+            data, fds, _, _ = socket.recv_fds(self._socket, _RECEIVE_BYTES, 1)
+            self._frames.extend(self._reader.feed(data))
+            reply = self.receive(timeout_s)
+        except ProtocolError as error:
+            _close_all(fds)
+            raise VersionMismatchError(str(error)) from None
+        except OSError:
+            _close_all(fds)
+            raise self._lost("did not greet this client") from None
+        except KVMeshError:
+            _close_all(fds)
+            raise
+        if not isinstance(reply, protocol.Welcome) or len(fds) != 1:
+            _close_all(fds)
+            raise VersionMismatchError(f"what listens at {self.path} is not an agent of this version of kvmesh")
+        return reply, fds[0]
+
+    def _write(self, data: bytes) -> None:
+        try:
+            self._socket.settimeout(None)
+            self._socket.sendall(data)
+        except OSError as error:
+            raise self._lost(f"went away ({error.strerror})") from None
+
+    def _flush(self) -> None:
+        """Send the waiting notes, unless somebody is sending: who then does so when done."""
+        while not self._notes.empty() and self._sending.acquire(blocking=False):
+            try:
+                with contextlib.suppress(queue.Empty, AgentUnavailableError):
+                    self._write(self._notes.get_nowait())
+            finally:
+                self._sending.release()
+
+    def _lost(self, what: str) -> AgentUnavailableError:
+        self.close()
+        return AgentUnavailableError(f"the agent at {self.path} {what}: is `kvmesh agent` running?")
+
+
+def _connect(path: Path, timeout_s: float) -> socket.socket:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout_s)
+        sock.connect(str(path))
+    except FileNotFoundError:
+        sock.close()
+        raise AgentUnavailableError(
+            f"there is no agent socket at {path}: start `kvmesh agent`, or name its --socket (KVMESH_SOCKET)"
+        ) from None
+    except OSError as error:
+        sock.close()
+        raise AgentUnavailableError(
+            f"no agent answers at {path} ({error.strerror or error}): start `kvmesh agent`"
+        ) from None
+    return sock
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,90 @@
+"""An engine's connection to its agent: used while it lasts, made again after it broke, and never waited for long.
+
+The agent may be restarted at any time, and a request must not pay for that: after a failure the engine goes on without
+the mesh, and tries again at the earliest after an interval that doubles up to a bound. Any thread may use a link.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kvmesh.transport.errors import AgentUnavailableError
+from kvmesh.transport.limits import (
+    ENGINE_CONNECT_TIMEOUT_S,
+    ENGINE_RECONNECT_INTERVAL_MAX_S,
+    ENGINE_RECONNECT_INTERVAL_MIN_S,
+)
+
+if TYPE_CHECKING:
+    from kvmesh.client import Mesh
+
+
+class AgentLink:
+    """The way to one agent. `connect` makes a connection or raises `AgentUnavailableError`."""
+
+    def __init__(
+        self,
+        connect: Callable[[], Mesh],
+        *,
+        mesh: Mesh | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._connect = connect
+        self._mesh = mesh
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._interval_s = ENGINE_RECONNECT_INTERVAL_MIN_S
+        self._retry_at = 0.0
+        self._reason = ""
+
+    def mesh(self) -> Mesh:
+        """The connection. Raises `AgentUnavailableError` at once while it is too early to try again."""
+        with self._lock:
+            if self._mesh is not None:
+                return self._mesh
+            if self._clock() < self._retry_at:
+                raise AgentUnavailableError(self._reason)
+            try:
+                self._mesh = self._connect()
+            except AgentUnavailableError as error:
+                self._postpone(str(error))
+                raise
+            self._interval_s = ENGINE_RECONNECT_INTERVAL_MIN_S
+            return self._mesh
+
+    def lost(self, mesh: Mesh, reason: str) -> None:
+        """`mesh` failed: drop it, and make a new one later. A connection made since then stays."""
+        with self._lock:
+            if self._mesh is not mesh:
+                return
+            self._mesh = None
+            self._postpone(reason)
+        mesh.close()
+
+    def close(self) -> None:
+        """Close the connection that is open, if any. The next `mesh()` makes a new one."""
+        with self._lock:
+            mesh, self._mesh = self._mesh, None
+        if mesh is not None:
+            mesh.close()
+
+    def _postpone(self, reason: str) -> None:
+        self._reason = reason
+        self._retry_at = self._clock() + self._interval_s
+        self._interval_s = min(self._interval_s * 2, ENGINE_RECONNECT_INTERVAL_MAX_S)
+
+
+def connect_to(socket: str | os.PathLike[str] | None) -> Callable[[], Mesh]:
+    """A function that connects to the agent at `socket` within the time that a request can spare."""
+
+    def connect() -> Mesh:
+        import kvmesh
+
+        mesh: Mesh = kvmesh.connect(socket, timeout_s=ENGINE_CONNECT_TIMEOUT_S)
+        return mesh
+
+    return connect

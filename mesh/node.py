@@ -1,0 +1,103 @@
+"""What an agent and a controller have in common: a transport, discovery over it, answers to questions, and a life.
+
+A `Node` is one process's place in the mesh. `live` runs it until SIGTERM or SIGINT and then lets it leave: the others hear of it
+at once instead of finding out. Calls from peers are told apart by their first byte: discovery's, or a question.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import asdict
+from typing import Any, Literal
+
+from kvmesh import discovery, queries
+from kvmesh.discovery import Discovery, Identity, Journal
+from kvmesh.host import host_facts
+from kvmesh.settings import NodeSettings
+from kvmesh.transport import ChunkSource, Transport, open_zmq
+from kvmesh.transport.errors import ProtocolError
+
+Role = Literal["agent", "controller"]
+Ready = Callable[[dict[str, Any]], None]
+
+
+class Node:
+    """One process of the mesh, without what its role adds. Made by `open_node`."""
+
+    def __init__(self, name: str, role: str, epoch: int) -> None:
+        self.name = name
+        self.role = role
+        self.epoch = epoch
+        self.transport: Transport
+        self.discovery: Discovery
+        self.queries: queries.Queries
+
+    async def handle(self, request: bytes) -> bytes:
+        """Answer a peer's call."""
+        if request.startswith(discovery.CALL_PREFIX):
+            return await self.discovery.handle(request[1:])
+        if request.startswith(queries.CALL_PREFIX):
+            return self.queries.answer(request[1:])
+        raise ProtocolError("a call of an unknown kind: the peer's version of kvmesh differs")
+
+    def facts(self) -> dict[str, Any]:
+        """What a process says of itself when it is ready."""
+        return {
+            "name": self.name,
+            "role": self.role,
+            "pid": os.getpid(),
+            "epoch": self.epoch,
+            "mesh_address": self.transport.address,
+        }
+
+    def stats(self) -> dict[str, Any]:
+        """The counters of transport and discovery."""
+        return {"transport": asdict(self.transport.stats()), "discovery": asdict(self.discovery.stats())}
+
+
+def epoch_now() -> int:
+    """The epoch of a process that starts now: milliseconds of the wall clock, so that each start has a larger one."""
+    return time.time_ns() // 1_000_000
+
+
+async def open_node(
+    stack: AsyncExitStack,
+    settings: NodeSettings,
+    role: Role,
+    source: ChunkSource | None,
+    journal: Journal | None,
+    epoch: int,
+    stats: Callable[[], dict[str, Any]],
+) -> Node:
+    """A node whose transport listens; discovery is not started yet. `stack` closes it."""
+    node = Node(settings.name, role, epoch)
+    node.transport = await open_zmq(settings.bind, settings.mesh_port, source, node.handle)
+    stack.push_async_callback(node.transport.close)
+    identity = Identity(
+        name=settings.name,
+        role=role,
+        epoch=epoch,
+        address=node.transport.address,
+        meta=host_facts().to_meta(),
+    )
+    node.discovery = Discovery(identity, node.transport.call, journal, settings.join)
+    node.queries = queries.Queries(node.discovery, lambda: node.stats() | stats())
+    return node
+
+
+def live(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+    """Run `main(stopping)` on a new loop; SIGTERM and SIGINT set the event, and `main` then returns."""
+
+    async def run() -> None:
+        stopping = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stopping.set)
+        await main(stopping)
+
+    asyncio.run(run())

@@ -1,0 +1,305 @@
+"""One client's connection, on the agent's side: its requests, its leases, its reservations.
+
+A session is the owner of all that its client has in the store. When the connection closes (the client exits, crashes, is killed, or breaks the
+protocol) everything goes back at once: the kernel tells us, no timer does.
+
+Requests that need no peer are answered where they arrive, without a task. A `Get` that waits for peers is a task of its own, so one slow
+chain never holds up the requests behind it; a connection has at most `CLIENT_REQUESTS_MAX` of them.
+Runs on the agent's loop. It never touches chunk bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+from kvmesh import protocol
+from kvmesh.arena import Arena
+from kvmesh.fetch import Fate, Fetcher, Flight
+from kvmesh.keys import Namespace
+from kvmesh.store import Chunk, Store
+from kvmesh.transport.errors import CallerError, ChunkTooLargeError, NamespaceError, ProtocolError
+from kvmesh.transport.limits import (
+    AGENT_HELLO_TIMEOUT_S,
+    AGENT_PROTOCOL_VERSION,
+    CLIENT_REQUESTS_MAX,
+    OWNED_CHUNKS_MAX,
+    SESSION_BACKLOG_BYTES_MAX,
+    SPACES_MAX,
+)
+
+log = logging.getLogger(__name__)
+
+
+class Asked(Protocol):
+    """Answers questions about the cluster."""
+
+    def answer(self, body: bytes) -> bytes:
+        """The JSON document that answers `body`. Raises `ProtocolError`."""
+
+
+@dataclass(slots=True)
+class Desk:
+    """What all sessions of an agent share."""
+
+    node: str
+    epoch: int
+    arena: Arena
+    store: Store
+    fetcher: Fetcher
+    queries: Asked
+    on_space: Callable[[Namespace], list[str]]
+    """Hears of each new namespace; returns what will keep it from hitting."""
+    spaces: dict[bytes, Namespace]
+
+
+class Session(asyncio.Protocol):
+    """One connection. The loop calls its methods; `on_gone` hears of its end."""
+
+    def __init__(self, desk: Desk, on_gone: Callable[[Session], None]) -> None:
+        self._desk = desk
+        self._on_gone = on_gone
+        self._reader = protocol.FrameReader()
+        self._transport: asyncio.Transport
+        self._welcomed = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._hello_timer: asyncio.TimerHandle
+
+    # --- called by asyncio -----------------------------------------------------------------------------------------
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._desk.store.add_owner(self)
+        self._hello_timer = asyncio.get_running_loop().call_later(AGENT_HELLO_TIMEOUT_S, self._transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._hello_timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        self._desk.store.drop_owner(self)
+        self._on_gone(self)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for body in self._reader.feed(data):
+                if not self._welcomed:
+                    self._greet(body)
+                else:
+                    self._handle(protocol.decode_request(body))
+                if self._transport.is_closing():
+                    return
+        except ProtocolError as error:
+            log.warning("a client was disconnected: %s", error)
+            self._send(protocol.failure(0, error))
+            self._transport.close()
+
+    def close(self) -> None:
+        """End the connection, and give back what the client has."""
+        self._transport.abort()
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+    def _greet(self, body: bytes) -> None:
+        theirs = protocol.hello_version(body)
+        if theirs != AGENT_PROTOCOL_VERSION:
+            self._send(protocol.failure(0, ProtocolError(protocol.version_refusal(theirs, self._desk.node))))
+            self._transport.close()
+            return
+        self._hello_timer.cancel()
+        desk = self._desk
+        welcome = protocol.Welcome(0, AGENT_PROTOCOL_VERSION, desk.node, desk.epoch, desk.arena.size_bytes)
+        # Nothing was written before, so the frame and the descriptor that belongs to it go out together, past asyncio.
+        with self._transport.get_extra_info("socket").dup() as raw:
+            socket.send_fds(raw, [protocol.frame(welcome)], [desk.arena.fileno()])
+        self._welcomed = True
+
+    def _send(self, message: protocol.Message) -> None:
+        if self._transport.is_closing():
+            return
+        self._transport.write(protocol.frame(message))
+        if self._transport.get_write_buffer_size() > SESSION_BACKLOG_BYTES_MAX:
+            log.warning("a client was disconnected: it does not read its answers")
+            self._transport.abort()
+
+    def _handle(self, request: protocol.Request) -> None:
+        try:
+            reply = self._reply(request)
+        except CallerError as error:
+            reply = protocol.failure(request.id, error)
+        if reply is not None:
+            self._send(reply)
+
+    def _reply(self, request: protocol.Request) -> protocol.Message | None:
+        store = self._desk.store
+        match request:
+            case protocol.Get():
+                self._get(request)
+                return None
+            case protocol.Release():
+                for offset in request.offsets:
+                    chunk = store.leased(self, offset)
+                    if chunk is None:
+                        raise ProtocolError(f"it released offset {offset}, which it has no lease of")
+                    store.release(self, chunk)
+                return None
+            case protocol.Reserve():
+                return protocol.Reserved(request.id, self._reserve(request))
+            case protocol.Commit():
+                return protocol.Counted(request.id, self._commit(request))
+            case protocol.Abandon():
+                for key in protocol.unpack_keys(request.keys):
+                    store.abandon(self, key)
+                return None
+            case protocol.OpenSpace():
+                return protocol.Opened(request.id, self._open_space(request))
+            case protocol.Prefetch():
+                return protocol.Counted(request.id, self._prefetch(request))
+            case protocol.Pin():
+                keys = protocol.unpack_keys(request.keys)
+                return protocol.Counted(request.id, sum(store.pin(key, request.pinned) for key in keys))
+            case protocol.Delete():
+                return protocol.Counted(request.id, sum(store.delete(k) for k in protocol.unpack_keys(request.keys)))
+            case protocol.Query():
+                return protocol.Answer(request.id, self._desk.queries.answer(request.body))
+            case protocol.Hello():
+                raise ProtocolError("it said hello twice")
+
+    def _open_space(self, request: protocol.OpenSpace) -> list[str]:
+        space = protocol.decode_space(request.space)
+        if space.chunk_bytes > self._desk.arena.size_bytes:
+            raise ChunkTooLargeError(
+                f"a chunk of this namespace has {space.chunk_bytes} bytes and the whole arena of agent "
+                f"{self._desk.node!r} {self._desk.arena.size_bytes}: start the agent with more --memory"
+            )
+        known = self._desk.spaces
+        if space.digest[:16] in known:
+            return []
+        if len(known) >= SPACES_MAX:
+            raise NamespaceError(f"the agent knows {SPACES_MAX} namespaces already: restart it, or use fewer")
+        known[space.digest[:16]] = space
+        return self._desk.on_space(space)
+
+    def _space(self, space_id: bytes) -> Namespace:
+        space = self._desk.spaces.get(space_id)
+        if space is None:
+            raise NamespaceError(f"unknown namespace {space_id.hex()}: open it on this agent first")
+        return space
+
+    def _reserve(self, request: protocol.Reserve) -> list[int]:
+        space = self._space(request.space_id)
+        reserve = self._desk.store.reserve
+        return [
+            int(reserve(self, key, request.space_id, space.chunk_bytes)) for key in protocol.unpack_keys(request.keys)
+        ]
+
+    def _commit(self, request: protocol.Commit) -> int:
+        keys = protocol.unpack_keys(request.keys)
+        sums = protocol.unpack_checksums(request.checksums, len(keys))
+        expires_s = None if request.ttl_s is None else time.monotonic() + request.ttl_s
+        commit = self._desk.store.commit
+        # From the back, so that the chain's front is the most recently used: see Store.touch.
+        pairs = list(zip(keys, sums, strict=True))
+        return sum(
+            commit(self, key, checksum, pinned=request.pinned, expires_s=expires_s) is not None
+            for key, checksum in reversed(pairs)
+        )
+
+    def _prefetch(self, request: protocol.Prefetch) -> int:
+        space = self._space(request.space_id)
+        keys = [k for k in protocol.unpack_keys(request.keys) if self._desk.store.get(k) is None]
+        deadline = time.monotonic() + request.deadline_s
+        return len(self._desk.fetcher.want(None, request.space_id, space.chunk_bytes, keys, deadline))
+
+    # --- get -------------------------------------------------------------------------------------------------------
+    def _get(self, request: protocol.Get) -> None:
+        space = self._space(request.space_id)
+        keys = protocol.unpack_keys(request.keys)
+        store, now = self._desk.store, time.monotonic()
+        local = {}
+        for key in keys:
+            chunk = store.lease(self, key, now)
+            if chunk is not None:
+                local[key] = chunk
+        store.touch(keys)
+        if len(local) == len(keys):
+            self._send(protocol.Progress(request.id, [local[k].offset for k in keys], True, 0, 0, Fate.LANDED.value))
+        elif len(self._tasks) >= CLIENT_REQUESTS_MAX or store.leased_by(self) > OWNED_CHUNKS_MAX:
+            self._release(local.values())
+            raise CallerError("this connection has too many requests or leases open: wait for some to end")
+        else:
+            job = _Get(request, space, keys, local, now + request.deadline_s)
+            task = asyncio.create_task(self._fetch(job))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _release(self, chunks: Iterable[Chunk]) -> None:
+        for chunk in chunks:
+            self._desk.store.release(self, chunk)
+
+    async def _fetch(self, job: _Get) -> None:
+        """Report the front of the chain as it lands; give back what lies behind the first hole."""
+        flights: dict[bytes, Flight] = {}
+        unsent: list[int] = []
+        used = fetched = 0
+        fate = Fate.LANDED
+        try:
+            while used < len(job.keys):
+                key = job.keys[used]
+                if key in job.local:
+                    unsent.append(job.local.pop(key).offset)
+                    used += 1
+                    continue
+                flight = flights.get(key)
+                if flight is None:
+                    missing = [k for k in job.keys[used:] if k not in job.local and k not in flights]
+                    flights.update(self._want(job, missing))
+                    flight = flights.get(key)
+                    if flight is None:
+                        fate = Fate.MISS
+                        break
+                if not flight.done.done() and unsent:
+                    self._send(protocol.Progress(job.request.id, unsent, False))
+                    unsent = []
+                fate = await self._landing(flight, job)
+                if fate is Fate.DEADLINE and time.monotonic() < job.deadline:
+                    del flights[key]  # it was somebody else's deadline: a new flight gets ours
+                    continue
+                chunk = flight.chunk
+                if fate is not Fate.LANDED or chunk is None or self._desk.store.leased(self, chunk.offset) is None:
+                    break
+                unsent.append(chunk.offset)
+                del flights[key]
+                used += 1
+                fetched += 1
+            moved = fetched * job.space.chunk_bytes
+            self._send(protocol.Progress(job.request.id, unsent, True, fetched, moved, fate.value))
+        finally:
+            for flight in flights.values():
+                self._desk.fetcher.leave(self, flight)
+            self._release(job.local.values())
+
+    def _want(self, job: _Get, missing: list[bytes]) -> dict[bytes, Flight]:
+        space_id, size = job.request.space_id, job.space.chunk_bytes
+        return self._desk.fetcher.want(self, space_id, size, missing, job.deadline)
+
+    async def _landing(self, flight: Flight, job: _Get) -> Fate:
+        try:
+            # A flight belongs to all who wait for it: one waiter's deadline must not end it for the others.
+            async with asyncio.timeout(max(0.0, job.deadline - time.monotonic())):
+                return await asyncio.shield(flight.done)
+        except TimeoutError:
+            return Fate.DEADLINE
+
+
+@dataclass(slots=True)
+class _Get:
+    request: protocol.Get
+    space: Namespace
+    keys: list[bytes]
+    local: dict[bytes, Chunk]
+    """Leased at the start, not reported yet."""
+    deadline: float
+

@@ -1,0 +1,331 @@
+"""The store: which chunks this node has, where in the arena, and who keeps each from eviction.
+
+A chunk's life: *reserved* (an owner may write the extent; nobody sees it) → *held* (immutable; its checksum known; leased and
+released any number of times) → *evicted*. The rules:
+
+| a chunk that is | may be evicted | may be read |
+|---|---|---|
+| reserved | no: its extent goes back when its owner commits, abandons or goes away | no |
+| held | yes, least recently used first | yes |
+| leased | no | yes |
+| pinned | no, until unpinned or deleted | yes |
+| doomed: deleted or expired while leased | at its last release | only by those who hold a lease |
+
+*Owners* are whatever takes leases and reservations: one connection of a client, one read of a peer. When an owner goes, all
+that it had goes back at once. A reservation that does not fit is refused before anything is evicted for it.
+
+Sans-IO: the time comes in as `now` (monotonic seconds), admissions and evictions go out through the two callbacks. It never touches the bytes.
+Runs on the agent's loop.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+
+from kvmesh.extents import Extents, aligned, largest_gap
+
+Owner = Hashable
+
+
+class Refusal(enum.IntEnum):
+    """Why a reservation got no extent. Negative, so that a wire message can carry an offset or one of these."""
+
+    EXISTS = -1
+    """The chunk is held already: nothing is left to do."""
+    BUSY = -2
+    """Another owner is writing this very chunk."""
+    FULL = -3
+    """What is free or can be evicted does not make room: the rest is leased, pinned or reserved."""
+
+
+@dataclass(slots=True)
+class Chunk:
+    """One held chunk."""
+
+    key: bytes
+    space_id: bytes
+    offset: int
+    size_bytes: int
+    checksum: int
+    pinned: bool
+    expires_s: float | None
+    """On the monotonic clock; None for never."""
+    leases: int = 0
+    doomed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """What a store has and did. The last four count since its start."""
+
+    capacity_bytes: int
+    used_bytes: int
+    """In extents, held or reserved, rounded up to pages."""
+    chunks: int
+    chunk_bytes: int
+    leased_chunks: int
+    leases: int
+    """Counted: one chunk that two readers have is two."""
+    pinned_chunks: int
+    reserved_chunks: int
+    admitted: int
+    evicted: int
+    """For room. Deleted and expired chunks count as removed."""
+    removed: int
+    refused: int
+    """Reservations that found no room."""
+
+
+@dataclass(slots=True)
+class _Reservation:
+    owner: Owner
+    space_id: bytes
+    offset: int
+    size_bytes: int
+
+
+class Store:
+    """The chunks of one node. `on_admit(chunk)` and `on_evict(chunk)` hear of each change, in order."""
+
+    def __init__(
+        self, capacity_bytes: int, *, on_admit: Callable[[Chunk], None], on_evict: Callable[[Chunk], None]
+    ) -> None:
+        self._extents = Extents(capacity_bytes)
+        self._chunks: OrderedDict[bytes, Chunk] = OrderedDict()  # least recently used first
+        self._doomed: dict[bytes, list[Chunk]] = {}
+        self._reserved: dict[bytes, _Reservation] = {}
+        self._owners: dict[Owner, _Belongings] = {}
+        self._on_admit = on_admit
+        self._on_evict = on_evict
+        self._kept: dict[int, int] = {}  # offset -> size of what eviction may not take: leased or pinned
+        self._chunk_bytes = 0
+        self._counts: Counter[str] = Counter()
+
+    # --- owners ----------------------------------------------------------------------------------------------------
+    def add_owner(self, owner: Owner) -> None:
+        """From now on `owner` may reserve and lease."""
+        assert owner not in self._owners
+        self._owners[owner] = _Belongings()
+
+    def drop_owner(self, owner: Owner) -> None:
+        """Take back all that `owner` has. An owner that is not known (any more) has nothing."""
+        belongings = self._owners.pop(owner, None)
+        if belongings is None:
+            return
+        for key in belongings.reserved:
+            self._extents.free(self._reserved.pop(key).offset)
+        for chunk, count in belongings.leases.values():
+            self._return_leases(chunk, count)
+
+    # --- writing ---------------------------------------------------------------------------------------------------
+    def reserve(self, owner: Owner, key: bytes, space_id: bytes, size_bytes: int) -> int:
+        """The offset of an extent that `owner` may write, or a `Refusal`. Evicts what it must."""
+        belongings = self._owners.get(owner)
+        if key in self._chunks:
+            return Refusal.EXISTS
+        if key in self._reserved:
+            return Refusal.BUSY
+        offset = self._make_room(size_bytes) if belongings is not None else None
+        if belongings is None or offset is None:
+            self._counts["refused"] += 1
+            return Refusal.FULL
+        self._reserved[key] = _Reservation(owner, space_id, offset, size_bytes)
+        belongings.reserved.add(key)
+        return offset
+
+    def commit(
+        self, owner: Owner, key: bytes, checksum: int, *, pinned: bool = False, expires_s: float | None = None
+    ) -> Chunk | None:
+        """The reserved chunk `key` is written: from now on it is held. None when `owner` has no such reservation."""
+        reservation = self._take_reservation(owner, key)
+        if reservation is None:
+            return None
+        chunk = Chunk(
+            key, reservation.space_id, reservation.offset, reservation.size_bytes, checksum, pinned, expires_s
+        )
+        self._chunks[key] = chunk
+        self._chunk_bytes += chunk.size_bytes
+        if pinned:
+            self._kept[chunk.offset] = chunk.size_bytes
+        self._counts["admitted"] += 1
+        self._on_admit(chunk)
+        return chunk
+
+    def abandon(self, owner: Owner, key: bytes) -> None:
+        """Give a reservation back unwritten. Only when nothing can write to its extent any more."""
+        reservation = self._take_reservation(owner, key)
+        if reservation is not None:
+            self._extents.free(reservation.offset)
+
+    # --- reading ---------------------------------------------------------------------------------------------------
+    def get(self, key: bytes) -> Chunk | None:
+        """The held chunk `key`, neither leased nor touched."""
+        return self._chunks.get(key)
+
+    def run(self, chain: Sequence[bytes]) -> int:
+        """How many chunks of `chain` are held, from the front."""
+        for count, key in enumerate(chain):
+            if key not in self._chunks:
+                return count
+        return len(chain)
+
+    def lease(self, owner: Owner, key: bytes, now: float) -> Chunk | None:
+        """Keep the chunk `key` from eviction for `owner`, once more. None when it is not held, or the owner is gone."""
+        chunk = self._chunks.get(key)
+        belongings = self._owners.get(owner)
+        if chunk is None or belongings is None:
+            return None
+        if chunk.expires_s is not None and chunk.expires_s <= now:
+            self._remove(chunk)
+            return None
+        chunk.leases += 1
+        self._kept[chunk.offset] = chunk.size_bytes
+        held = belongings.leases.get(chunk.offset)
+        belongings.leases[chunk.offset] = (chunk, 1 if held is None else held[1] + 1)
+        return chunk
+
+    def touch(self, chain: Iterable[bytes]) -> None:
+        """The chunks of `chain` were used. The front becomes the most recent: a chain without its front is worth nothing."""
+        for key in reversed(list(chain)):
+            if key in self._chunks:
+                self._chunks.move_to_end(key)
+
+    def release(self, owner: Owner, chunk: Chunk) -> bool:
+        """Give back one lease of `chunk`. False when `owner` has none."""
+        belongings = self._owners.get(owner)
+        held = belongings.leases.get(chunk.offset) if belongings is not None else None
+        if belongings is None or held is None:
+            return False
+        if held[1] == 1:
+            del belongings.leases[chunk.offset]
+        else:
+            belongings.leases[chunk.offset] = (chunk, held[1] - 1)
+        self._return_leases(chunk, 1)
+        return True
+
+    def leased(self, owner: Owner, offset: int) -> Chunk | None:
+        """The chunk at `offset` that `owner` has a lease of."""
+        belongings = self._owners.get(owner)
+        held = belongings.leases.get(offset) if belongings is not None else None
+        return held[0] if held is not None else None
+
+    def leased_by(self, owner: Owner) -> int:
+        """How many chunks `owner` has leases of."""
+        belongings = self._owners.get(owner)
+        return len(belongings.leases) if belongings is not None else 0
+
+    # --- keeping and removing --------------------------------------------------------------------------------------
+    def pin(self, key: bytes, pinned: bool) -> bool:
+        """Keep a held chunk from eviction until it is unpinned. False when it is not held."""
+        chunk = self._chunks.get(key)
+        if chunk is None:
+            return False
+        chunk.pinned = pinned
+        self._update_kept(chunk)
+        return True
+
+    def delete(self, key: bytes) -> bool:
+        """Remove a held chunk, pinned or not; one that is leased goes at its last release. False when it is not held."""
+        chunk = self._chunks.get(key)
+        if chunk is not None:
+            self._remove(chunk)
+        return chunk is not None
+
+    def sweep(self, now: float) -> int:
+        """Remove the chunks whose time is over. Returns how many."""
+        over = [c for c in self._chunks.values() if c.expires_s is not None and c.expires_s <= now]
+        for chunk in over:
+            self._remove(chunk)
+        return len(over)
+
+    def stats(self) -> StoreStats:
+        """A copy of the counters."""
+        held = [*self._chunks.values(), *(chunk for chunks in self._doomed.values() for chunk in chunks)]
+        return StoreStats(
+            capacity_bytes=self._extents.capacity_bytes,
+            used_bytes=self._extents.capacity_bytes - self._extents.free_bytes,
+            chunks=len(self._chunks),
+            chunk_bytes=self._chunk_bytes,
+            leased_chunks=sum(1 for chunk in held if chunk.leases),
+            leases=sum(chunk.leases for chunk in held),
+            pinned_chunks=sum(1 for chunk in held if chunk.pinned),
+            reserved_chunks=len(self._reserved),
+            admitted=self._counts["admitted"],
+            evicted=self._counts["evicted"],
+            removed=self._counts["removed"],
+            refused=self._counts["refused"],
+        )
+
+    # --- inside ----------------------------------------------------------------------------------------------------
+    def _take_reservation(self, owner: Owner, key: bytes) -> _Reservation | None:
+        reservation = self._reserved.get(key)
+        if reservation is None or reservation.owner != owner:
+            return None
+        del self._reserved[key]
+        self._owners[owner].reserved.discard(key)
+        return reservation
+
+    def _make_room(self, size_bytes: int) -> int | None:
+        offset = self._extents.allocate(size_bytes)
+        if offset is not None:
+            return offset
+        # Before the first eviction: could evicting everything that may go make room at all? Else all would go for nothing.
+        taken = [*self._kept.items(), *((r.offset, r.size_bytes) for r in self._reserved.values())]
+        if largest_gap(self._extents.capacity_bytes, taken) < aligned(size_bytes):
+            return None
+        while offset is None:
+            victim = next((c for c in self._chunks.values() if c.offset not in self._kept), None)
+            assert victim is not None, "there is room, so something could still go"
+            self._counts["evicted"] += 1
+            self._forget(victim)
+            self._extents.free(victim.offset)
+            offset = self._extents.allocate(size_bytes)
+        return offset
+
+    def _remove(self, chunk: Chunk) -> None:
+        self._counts["removed"] += 1
+        self._forget(chunk)
+        chunk.pinned = False
+        if chunk.leases:
+            chunk.doomed = True
+            self._doomed.setdefault(chunk.key, []).append(chunk)
+        else:
+            self._kept.pop(chunk.offset, None)
+            self._extents.free(chunk.offset)
+
+    def _forget(self, chunk: Chunk) -> None:
+        del self._chunks[chunk.key]
+        self._chunk_bytes -= chunk.size_bytes
+        self._on_evict(chunk)
+
+    def _return_leases(self, chunk: Chunk, count: int) -> None:
+        chunk.leases -= count
+        assert chunk.leases >= 0
+        if chunk.leases:
+            return
+        self._update_kept(chunk)
+        if chunk.doomed:
+            siblings = self._doomed[chunk.key]
+            siblings.remove(chunk)
+            if not siblings:
+                del self._doomed[chunk.key]
+            self._extents.free(chunk.offset)
+
+    def _update_kept(self, chunk: Chunk) -> None:
+        if chunk.pinned or chunk.leases:
+            self._kept[chunk.offset] = chunk.size_bytes
+        else:
+            self._kept.pop(chunk.offset, None)
+
+
+class _Belongings:
+    """What one owner has: keys that it reserved; chunks that it leased, by offset, with the number of leases."""
+
+    __slots__ = ("leases", "reserved")
+
+    def __init__(self) -> None:
+        self.reserved: set[bytes] = set()
+        self.leases: dict[int, tuple[Chunk, int]] = {}

@@ -1,0 +1,98 @@
+"""The settings' own checks: each mistake is one sentence that names the flag."""
+
+from pathlib import Path
+
+import pytest
+
+from kvmesh.settings import (
+    AgentSettings,
+    ControllerSettings,
+    NodeSettings,
+    name_default,
+    parse_address,
+    parse_port,
+    parse_size,
+    socket_default,
+)
+from kvmesh.transport.errors import SettingsError
+
+
+def test_defaults_are_usable():
+    settings = AgentSettings()
+    assert settings.name == name_default()
+    assert (settings.bind, settings.mesh_port, settings.join) == ("127.0.0.1", 7950, ())
+    assert settings.memory_bytes == 4 << 30
+    assert settings.socket == socket_default()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GiB", 8 << 30), ("512MB", 512_000_000), ("1.5 gib", 3 << 29), ("4096", 4096), ("64KiB", 65536), ("10b", 10)],
+)
+def test_sizes(text: str, size: int):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "8G", "8 GiB x", "1e9", "8,5GiB"])
+def test_what_is_not_a_size_is_said_with_an_example(text: str):
+    with pytest.raises(SettingsError, match=r"--memory .* is not a size: write for example 8GiB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [("127.0.0.1:7950", ("127.0.0.1", 7950)), ("n1:1", ("n1", 1)), ("[::1]:65535", ("::1", 65535))],
+)
+def test_addresses(text: str, address: tuple[str, int]):
+    assert parse_address(text, flag="--join") == address
+
+
+@pytest.mark.parametrize("text", ["", "n1", "n1:", ":7950", "n1:0", "n1:65536", "::1:7950", "tcp://n1:7950", "n1:79x"])
+def test_what_is_not_an_address_is_said_with_an_example(text: str):
+    with pytest.raises(SettingsError, match=r"--join .* is not an address: write HOST:PORT"):
+        parse_address(text, flag="--join")
+
+
+@pytest.mark.parametrize("text", ["-1", "65536", "abc", "", "7950 ", "1e3"])
+def test_what_is_not_a_port_is_said(text: str):
+    with pytest.raises(SettingsError, match="--mesh-port .*use a port from 1 to 65535, or 0"):
+        parse_port(text)
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"name": ""}, "--name ''"),
+        ({"name": "two words"}, "--name 'two words'"),
+        ({"name": "-n"}, "--name '-n'"),
+        ({"name": "n" * 129}, "at most 128"),
+        ({"bind": "0.0.0.0"}, "--bind 0.0.0.0: kvmesh listens on loopback only"),
+        ({"mesh_port": 70000}, "--mesh-port 70000"),
+        ({"join": ("n1",)}, "--join 'n1'"),
+        ({"log_level": "loud"}, "--log-level 'loud': use one of debug, info, warning, error"),
+    ],
+)
+@pytest.mark.parametrize("kind", [NodeSettings, AgentSettings, ControllerSettings])
+def test_every_process_checks_what_it_is_told(kind: type[NodeSettings], fields: dict, sentence: str):
+    with pytest.raises(SettingsError) as caught:
+        kind(**fields)
+    assert sentence in str(caught.value)
+
+
+def test_an_agent_needs_room_and_a_socket_path_that_the_kernel_takes():
+    with pytest.raises(SettingsError, match="--memory 100: too small"):
+        AgentSettings(memory_bytes=100)
+    with pytest.raises(SettingsError, match="at most 107 bytes"):
+        AgentSettings(socket=Path("/tmp") / ("x" * 103))
+    assert AgentSettings(socket=Path("/tmp") / ("x" * 102)).name == name_default()
+
+
+def test_the_socket_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("KVMESH_SOCKET", raising=False)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 1234)
+    assert socket_default() == Path("/tmp/kvmesh-1234/agent.sock")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1234")
+    assert socket_default() == Path("/run/user/1234/kvmesh/agent.sock")
+    monkeypatch.setenv("KVMESH_SOCKET", "/srv/a.sock")
+    assert socket_default() == Path("/srv/a.sock")

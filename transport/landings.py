@@ -1,0 +1,83 @@
+"""The loop's end of a read: landings wait here until the reader of the read takes them. Both backends use it.
+
+A stream ends at its last landing, at its deadline, or when somebody calls `end`, whichever comes first; what landed before
+that is still handed out. Whoever fills the stream hears of its end through `on_end`, exactly once. Runs on the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+from .errors import CallerError
+from .interface import Landing, Want
+from .limits import CHAIN_CHUNKS_MAX, CHUNK_BYTES_MAX, KEY_BYTES
+
+
+def check_wants(wants: Sequence[Want]) -> None:
+    """Raise `CallerError` for a read that no transport could do."""
+    if len(wants) > CHAIN_CHUNKS_MAX:
+        raise CallerError(f"{len(wants)} chunks in one read: at most {CHAIN_CHUNKS_MAX}")
+    for want in wants:
+        if len(want.key) != KEY_BYTES:
+            raise CallerError(f"a key has {KEY_BYTES} bytes, not {len(want.key)}")
+        if want.into.readonly or not want.into.c_contiguous or not 0 < want.into.nbytes <= CHUNK_BYTES_MAX:
+            raise CallerError(f"a chunk is read into a writable, contiguous buffer of 1 to {CHUNK_BYTES_MAX} bytes")
+
+
+class LandingStream:
+    """An asynchronous iterator of landings for one consumer."""
+
+    def __init__(self, count: int, deadline_s: float, on_end: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._left = count
+        self._landed: deque[Landing] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._on_end = on_end
+        self._timer = self._loop.call_later(max(0.0, deadline_s), self.end)
+        self.ended = False
+        if not count:
+            self._loop.call_soon(self.end)
+
+    def put(self, landings: Iterable[Landing]) -> None:
+        """More chunks have ended. Ignored after the end."""
+        if self.ended:
+            return
+        before = len(self._landed)
+        self._landed.extend(landings)
+        self._left -= len(self._landed) - before
+        assert self._left >= 0, "more landings than wants"
+        if self._left == 0:
+            self.end()
+        self._wake()
+
+    def end(self) -> None:
+        """No further landing comes."""
+        if not self.ended:
+            self.ended = True
+            self._timer.cancel()
+            self._on_end()
+            self._wake()
+
+    def discard(self) -> None:
+        """End, and hand out nothing more."""
+        self._landed.clear()
+        self.end()
+
+    async def next(self) -> Landing:
+        """The next landing, or `StopAsyncIteration`."""
+        while not self._landed:
+            if self.ended:
+                raise StopAsyncIteration
+            assert self._waiter is None, "a read has one consumer"
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self._landed.popleft()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)

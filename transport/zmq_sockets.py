@@ -1,0 +1,192 @@
+"""ZeroMQ sockets as the `zmq` transport wants them: every option, its reason, and a socket that runs on the asyncio loop.
+
+Options that all sockets share: bounded queues (`SNDHWM`, `RCVHWM`), no lingering, a bound on a frame's size, heartbeats by libzmq's
+threads, TCP keepalive, a bound on the handshake. `TCP_MAXRT` ends a connection whose other end takes no byte for `SERVED_READ_IDLE_S`:
+heartbeats alone do not see a peer that talks and never reads, and its unsent frames hold loans.
+
+libzmq never reconnects here (`RECONNECT_IVL` -1). A lost connection ends what hangs on it at once, and the next call or read opens a
+new one: so a refused connection is an answer rather than a silence, and there is no backoff to bound. `Monitor` tells of both.
+
+Only `Sockets` makes sockets. A socket belongs to the thread that uses it; `Sockets` itself may be used by the loop and the bulk thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import re
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from .errors import SettingsError, UnreachableError
+from .frames import Buffer
+from .limits import (
+    CONNECT_TIMEOUT_S,
+    FRAME_BYTES_MAX,
+    HANDSHAKE_TIMEOUT_S,
+    HEARTBEAT_INTERVAL_S,
+    HEARTBEAT_TIMEOUT_S,
+    IO_THREADS,
+    KIB,
+    MESSAGE_BYTES_MAX,
+    PEERS_MAX,
+    RECEIVE_QUEUE_MESSAGES,
+    SEND_QUEUE_MESSAGES,
+    SERVED_READ_IDLE_S,
+)
+
+CONTROL_FRAME_BYTES_MAX: Final = MESSAGE_BYTES_MAX + 64 * KIB
+"""Somewhat more than the bound on a message: one just over it is counted, one far over it costs the peer its connection."""
+SOCKETS_PER_PEER: Final = 8
+"""Control and bulk, each with the two ends of its monitor."""
+MESSAGES_PER_TURN: Final = 64
+"""Messages of one socket that are handled before the loop gets its turn."""
+LOST: Final = (
+    zmq.EVENT_CLOSED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+"""The events after which a connection of ours will carry nothing more; "closed" is a connection that was refused."""
+
+
+class Sockets:
+    """The context of one transport, and its sockets."""
+
+    def __init__(self) -> None:
+        self._context = zmq.Context(io_threads=IO_THREADS)
+        self._context.set(zmq.MAX_SOCKETS, SOCKETS_PER_PEER * PEERS_MAX)
+
+    def listen(self, host: str, port: int) -> tuple[zmq.Socket[bytes], str]:
+        """The ROUTER that serves peers, and its address. Raises `SettingsError`."""
+        address = _loopback(host)
+        router = self._socket(zmq.ROUTER, CONTROL_FRAME_BYTES_MAX)
+        router.router_mandatory = True  # a peer that is gone or too slow is an error here, never a silent loss
+        router.ipv6 = address.version == 6
+        place = f"[{address}]" if address.version == 6 else str(address)
+        try:
+            router.bind(f"tcp://{place}:{port or '*'}")
+        except zmq.ZMQError as error:
+            router.close()
+            if error.errno == zmq.EADDRINUSE:
+                what = f"port {port} on {host} is in use: stop what listens there, or use another port (0: any free one)"
+            else:
+                what = f"cannot listen on port {port} of {host}: {error.strerror}"
+            raise SettingsError(what) from None
+        return router, router.get_string(zmq.LAST_ENDPOINT).removeprefix("tcp://")
+
+    def connect(self, address: str, *, bulk: bool) -> zmq.Socket[bytes]:
+        """A DEALER towards the peer at `address`; the connection comes later. Raises `UnreachableError` for no address."""
+        if not re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[^\[\]:/;\s]+):\d{1,5}", address):
+            raise UnreachableError(f"{address!r} is not an address: HOST:PORT is")
+        dealer = self._socket(zmq.DEALER, FRAME_BYTES_MAX if bulk else CONTROL_FRAME_BYTES_MAX)
+        dealer.ipv6 = address.startswith("[")
+        dealer.connect_timeout = int(1000 * CONNECT_TIMEOUT_S)
+        dealer.reconnect_ivl = -1
+        try:
+            dealer.connect(f"tcp://{address}")
+        except zmq.ZMQError as error:
+            dealer.close()
+            raise UnreachableError(f"cannot connect to {address}: {error.strerror}") from None
+        return dealer
+
+    def _socket(self, kind: int, frame_bytes_max: int) -> zmq.Socket[bytes]:
+        socket = self._context.socket(kind)
+        socket.linger = 0
+        socket.sndhwm = SEND_QUEUE_MESSAGES
+        socket.rcvhwm = RECEIVE_QUEUE_MESSAGES
+        socket.maxmsgsize = frame_bytes_max
+        socket.handshake_ivl = int(1000 * HANDSHAKE_TIMEOUT_S)
+        socket.heartbeat_ivl = int(1000 * HEARTBEAT_INTERVAL_S)
+        socket.heartbeat_timeout = int(1000 * HEARTBEAT_TIMEOUT_S)
+        socket.heartbeat_ttl = int(1000 * HEARTBEAT_TIMEOUT_S)
+        socket.tcp_keepalive = 1
+        socket.tcp_keepalive_idle = 30
+        socket.tcp_keepalive_intvl = 10
+        socket.tcp_maxrt = int(1000 * SERVED_READ_IDLE_S)
+        return socket
+
+    def close(self) -> None:
+        """End libzmq's threads. Every socket must be closed before; blocks for the milliseconds that the threads take."""
+        self._context.term()
+
+
+class LoopSocket:
+    """A socket on the loop: `on_message` gets each message that comes, and `send` never waits."""
+
+    def __init__(self, socket: zmq.Socket[bytes], on_message: Callable[[list[bytes]], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._socket = socket
+        self._on_message = on_message
+        self._fd = int(socket.fd)
+        self._draining = False
+        self._loop.add_reader(self._fd, self._drain)
+        self._drain_soon()
+
+    def send(self, parts: Sequence[Buffer], *, copy: bool = True) -> None:
+        """Queue one message. Raises `zmq.Again` when the queue is full, `zmq.ZMQError` (EHOSTUNREACH) when the peer is gone."""
+        try:
+            self._socket.send_multipart(parts, zmq.NOBLOCK, copy=copy)
+        finally:
+            # The descriptor tells of changes, not of states, and a send may have taken the news of a message in.
+            self._drain_soon()
+
+    def close(self) -> None:
+        """Close the socket: nothing comes any more."""
+        self._loop.remove_reader(self._fd)
+        self._socket.disable_monitor()
+        self._socket.close()
+
+    def _drain_soon(self) -> None:
+        if not self._draining:
+            self._draining = True
+            self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        self._draining = False
+        for _ in range(MESSAGES_PER_TURN):
+            if self._socket.closed:
+                return
+            try:
+                parts = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            self._on_message(parts)
+        self._drain_soon()
+
+
+class Monitor:
+    """Tells, on the loop, of `events` of another socket. Close it before that socket."""
+
+    def __init__(self, socket: zmq.Socket[bytes], events: int, on_event: Callable[[], None]) -> None:
+        self._pair = LoopSocket(socket.get_monitor_socket(events), self._message)
+        self._on_event = on_event
+
+    def _message(self, _: list[bytes]) -> None:
+        self._on_event()
+
+    def close(self) -> None:
+        """Tell of nothing more."""
+        self._pair.close()
+
+
+def is_event(parts: Sequence[bytes]) -> bool:
+    """Whether a message of a monitor socket is of `LOST`."""
+    return bool(parse_monitor_message(list(parts))["event"] & LOST)
+
+
+def _loopback(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """The address to bind. Peers are not authenticated yet, so nothing but loopback is allowed."""
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+    except ValueError:
+        raise SettingsError(f"cannot listen on {host!r}: it is not an IP address; use 127.0.0.1") from None
+    if not address.is_loopback:
+        raise SettingsError(
+            f"cannot listen on {host}: only loopback is allowed, since peers are not authenticated yet; use 127.0.0.1"
+        )
+    return address
