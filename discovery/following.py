@@ -169,6 +169,7 @@ class Follower:
         if head.epoch > table.epoch:
             return self._begin(head, now)
         if self._asked is not None:
+            self._is_unlike(head)
             return self._ask_again_if_behind(head, now)
         if self._wait_is_firm:
             return []
@@ -197,6 +198,7 @@ class Follower:
         self._failures = self._mismatches = 0
         self._asked = None
         self.mode = Mode.FOLLOW if head.seq <= self._batch_entries else Mode.COMPARE
+        self._is_unlike(head)
         return self._ask(now)
 
     # --- questions -----------------------------------------------------------------------------------------------
@@ -353,21 +355,24 @@ class Follower:
 
     # --- comparing -----------------------------------------------------------------------------------------------
 
-    def _repair_if_unlike(self, head: Head, now: float) -> list[Action] | None:
-        """At equal seq the table must equal the journal. None when nothing speaks against it."""
-        table = self._table
-        if head.seq != table.seq or self._snapshot is not None:
-            return None
-        holdings = table.holdings
+    def _is_unlike(self, head: Head) -> bool:
+        """Whether the table differs from the journal of this head. Only at equal seq can that be said."""
+        table, holdings = self._table, self._table.holdings
+        if head.seq != table.seq or self.mode is not Mode.FOLLOW or self._snapshot is not None:
+            return False
         if table.refused:
-            # The map was full. Try again when there is room for the rest, not before.
+            # The map was full: of course it differs. Try again when there is room for the rest, not before.
             table.synced = True
-            return self._repair(now) if table.room >= head.count - holdings.count else None
-        if (head.count, head.fingerprint) == (holdings.count, holdings.fingerprint):
-            table.synced, self._mismatches = True, 0
-            return None
-        self.counters.mismatches += 1
-        return self._repair(now)
+            return table.room >= head.count - holdings.count
+        if (head.count, head.fingerprint) != (holdings.count, holdings.fingerprint):
+            self.counters.mismatches += 1
+            return True
+        table.synced, self._mismatches = True, 0
+        return False
+
+    def _repair_if_unlike(self, head: Head, now: float) -> list[Action] | None:
+        """None when nothing speaks against the table."""
+        return self._repair(now) if self._is_unlike(head) else None
 
     def _repair(self, now: float) -> list[Action]:
         """Compare: at once the first time, and ever later as long as that does not lead to an equal table."""

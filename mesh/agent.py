@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import random
 import time
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 from typing import Any
@@ -26,11 +27,12 @@ from kvmesh.extents import aligned
 from kvmesh.fetch import Fetcher
 from kvmesh.keys import Namespace
 from kvmesh.listening import Listener
-from kvmesh.node import Node, Ready, epoch_now, live, open_node
+from kvmesh.node import Node, OpenTransport, Ready, epoch_now, live, open_node
 from kvmesh.sessions import Desk
 from kvmesh.settings import AgentSettings
 from kvmesh.spaces import describe, differences
 from kvmesh.store import Chunk, Store
+from kvmesh.transport import open_zmq
 from kvmesh.transport.limits import EXPIRY_SWEEP_S
 
 TIER = "ram"
@@ -39,8 +41,9 @@ TIER = "ram"
 class Agent:
     """A node that holds chunks. Use `open_agent`."""
 
-    def __init__(self, settings: AgentSettings, arena: Arena) -> None:
+    def __init__(self, settings: AgentSettings, arena: Arena, open_transport: OpenTransport) -> None:
         self.settings = settings
+        self._open_transport = open_transport
         self.arena = arena
         self.epoch = epoch_now()
         self.journal = Journal(settings.name, self.epoch)
@@ -67,7 +70,7 @@ class Agent:
     async def open(self, stack: AsyncExitStack) -> None:
         """Listen to peers and to clients, and join the mesh."""
         self.node = await open_node(
-            stack, self.settings, "agent", self.lender, self.journal, self.epoch, stats=self.stats
+            stack, self.settings, "agent", self.lender, self.journal, self.epoch, self.stats, self._open_transport
         )
         self.fetcher = Fetcher(
             self.store,
@@ -166,12 +169,12 @@ def run(settings: AgentSettings, on_ready: Ready) -> None:
 
 
 @contextlib.asynccontextmanager
-async def open_agent(settings: AgentSettings) -> Any:
+async def open_agent(settings: AgentSettings, open_transport: OpenTransport = open_zmq) -> AsyncIterator[Agent]:
     """An agent that runs on this loop until the block ends."""
     async with AsyncExitStack() as stack:
         arena = Arena.create(aligned(settings.memory_bytes))
         stack.callback(arena.close)
-        agent = Agent(settings, arena)
+        agent = Agent(settings, arena, open_transport)
         await agent.open(stack)
         sweeping = asyncio.create_task(agent.sweep())
         try:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from kvmesh.host import HostFacts, host_facts
 from kvmesh.transport.errors import AgentUnavailableError, KVMeshError, VersionMismatchError
@@ -65,7 +65,7 @@ class AgentConnection(Protocol):
     @property
     def node(self) -> str: ...
 
-    def nodes(self) -> list[dict[str, object]]: ...
+    def nodes(self) -> dict[str, Any]: ...
 
     def close(self) -> None: ...
 
@@ -164,7 +164,7 @@ def check_agent(path: Path, uid: int, connect: Callable[[Path], AgentConnection]
     except AgentUnavailableError as error:
         return Finding("agent", "problem", str(error), "stop that agent and start it again"), None
     try:
-        own = next((node for node in mesh.nodes() if node["name"] == mesh.node), None)
+        own = next((node for node in mesh.nodes()["nodes"] if node["name"] == mesh.node), None)
     except KVMeshError as error:
         return Finding("agent", "problem", f"{mesh.node}: {error}", "stop that agent and start it again"), None
     finally:

@@ -19,10 +19,12 @@ from kvmesh import discovery, queries
 from kvmesh.discovery import Discovery, Identity, Journal
 from kvmesh.host import host_facts
 from kvmesh.settings import NodeSettings
-from kvmesh.transport import ChunkSource, Transport, open_zmq
+from kvmesh.transport import CallHandler, ChunkSource, Transport, open_zmq
 from kvmesh.transport.errors import ProtocolError
 
 Role = Literal["agent", "controller"]
+OpenTransport = Callable[[str, int, ChunkSource | None, CallHandler], Awaitable[Transport]]
+"""What opens a transport at (host, port): `kvmesh.transport.open_zmq`, or a network in memory."""
 Ready = Callable[[dict[str, Any]], None]
 
 
@@ -73,10 +75,11 @@ async def open_node(
     journal: Journal | None,
     epoch: int,
     stats: Callable[[], dict[str, Any]],
+    open_transport: OpenTransport = open_zmq,
 ) -> Node:
     """A node whose transport listens; discovery is not started yet. `stack` closes it."""
     node = Node(settings.name, role, epoch)
-    node.transport = await open_zmq(settings.bind, settings.mesh_port, source, node.handle)
+    node.transport = await open_transport(settings.bind, settings.mesh_port, source, node.handle)
     stack.push_async_callback(node.transport.close)
     identity = Identity(
         name=settings.name,

@@ -179,7 +179,7 @@ def to_reader(parts: Sequence[bytes]) -> tuple[ToReader, bytes]:
 
 def to_bulk_reader(parts: Sequence[Buffer]) -> ToReader:
     """The message that a holder sent on a bulk connection; of `Bulk`, the payload has the size that the items add up to."""
-    message = _decode(_to_reader, parts)
+    message: ToReader = _decode(_to_reader, parts)
     if isinstance(message, Bulk):
         if len(parts) > 2 or sum(item.bytes for item in message.items) != (len(parts[1]) if len(parts) == 2 else 0):
             raise FrameError("the payload is not of the size that the items add up to")

@@ -47,7 +47,7 @@ class LoansOut:
         weakref.finalize(array, self._note, loan).atexit = False
         self._out += 1
         self._none_out.clear()
-        return memoryview(array)
+        return array.data
 
     async def all_back(self) -> None:
         """Wait until no loan is out."""

@@ -280,15 +280,13 @@ class MemoryReading:
         try:
             if loan.buffer.nbytes != want.into.nbytes:
                 return Landing(index, Outcome.WRONG_SIZE, loan.checksum)
-            target, origin = np.frombuffer(want.into, np.uint8), np.frombuffer(loan.buffer, np.uint8)
-            for start in range(0, len(target), FRAME_BYTES_DEFAULT):
-                np.copyto(target[start : start + FRAME_BYTES_DEFAULT], origin[start : start + FRAME_BYTES_DEFAULT])
+            for start in range(0, want.into.nbytes, FRAME_BYTES_DEFAULT):
+                _copy_frame(want.into, loan.buffer, start)
                 await asyncio.sleep(0)
                 await self._network.reach(self._reader, self._address)
             expected = loan.checksum
-            peer.count_served(len(target))
+            peer.count_served(want.into.nbytes)
         finally:
-            origin = target = None  # type: ignore[assignment] - no export of the buffers outlives the loan
             loan.release()
         if checksum(want.into) != expected:
             self._counters.corrupt += 1
@@ -296,3 +294,8 @@ class MemoryReading:
         self._counters.chunks_read += 1
         self._counters.bytes_read += want.into.nbytes
         return Landing(index, Outcome.LANDED, expected)
+
+
+def _copy_frame(into: memoryview, origin: memoryview, start: int) -> None:
+    frame = slice(start, start + FRAME_BYTES_DEFAULT)
+    np.copyto(np.frombuffer(into, np.uint8)[frame], np.frombuffer(origin, np.uint8)[frame])

@@ -52,6 +52,9 @@ LOST: Final = (
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 )
 """The events after which a connection of ours will carry nothing more; "closed" is a connection that was refused."""
+CONNECTION: Final = LOST | zmq.EVENT_HANDSHAKE_SUCCEEDED
+READY_TIMEOUT_S: Final = CONNECT_TIMEOUT_S + HANDSHAKE_TIMEOUT_S
+"""A connection that is not ready by then is lost: libzmq says nothing of a name that does not resolve."""
 
 
 class Sockets:
@@ -124,7 +127,7 @@ class LoopSocket:
         self._on_message = on_message
         self._fd = int(socket.fd)
         self._draining = False
-        self._loop.add_reader(self._fd, self._drain)
+        self._loop.add_reader(self._fd, self.drain)
         self._drain_soon()
 
     def send(self, parts: Sequence[Buffer], *, copy: bool = True) -> None:
@@ -144,9 +147,10 @@ class LoopSocket:
     def _drain_soon(self) -> None:
         if not self._draining:
             self._draining = True
-            self._loop.call_soon(self._drain)
+            self._loop.call_soon(self.drain)
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
+        """Hand out what has come."""
         self._draining = False
         for _ in range(MESSAGES_PER_TURN):
             if self._socket.closed:
@@ -160,23 +164,19 @@ class LoopSocket:
 
 
 class Monitor:
-    """Tells, on the loop, of `events` of another socket. Close it before that socket."""
+    """Tells, on the loop, of `events` of another socket: `on_event(whether it is ready)`. Close it before that socket."""
 
-    def __init__(self, socket: zmq.Socket[bytes], events: int, on_event: Callable[[], None]) -> None:
-        self._pair = LoopSocket(socket.get_monitor_socket(events), self._message)
-        self._on_event = on_event
-
-    def _message(self, _: list[bytes]) -> None:
-        self._on_event()
+    def __init__(self, socket: zmq.Socket[bytes], events: int, on_event: Callable[[bool], None]) -> None:
+        self._pair = LoopSocket(socket.get_monitor_socket(events), lambda parts: on_event(is_ready(parts)))
 
     def close(self) -> None:
         """Tell of nothing more."""
         self._pair.close()
 
 
-def is_event(parts: Sequence[bytes]) -> bool:
-    """Whether a message of a monitor socket is of `LOST`."""
-    return bool(parse_monitor_message(list(parts))["event"] & LOST)
+def is_ready(event: list[bytes]) -> bool:
+    """Whether a monitor's message of `CONNECTION` says that the connection is ready; otherwise it is lost."""
+    return bool(parse_monitor_message(event)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED)
 
 
 def _loopback(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:

@@ -47,7 +47,7 @@ def _run(arguments: list[str]) -> int:
     command = typer.main.get_command(app)
     try:
         # Not command.main(): it would print usage errors in its own style, and swallow a closed pipe.
-        with command.make_context("kvmesh", arguments or ["--help"]) as context:
+        with command.make_context("kvmesh", arguments[:] or ["--help"]) as context:
             code: int = command.invoke(context)
     except typer.Exit as leaving:
         code = leaving.exit_code

@@ -144,7 +144,7 @@ def map_(agent: AgentSocket = None, controller: ControllerAddress = None, as_jso
 
 
 def _print_map(document: Document) -> None:
-    whole = "complete" if document["complete"] else "not complete yet: some nodes' journals are still being read"
+    whole = "complete" if document["complete"] else "not complete yet"
     nodes, spaces = document["nodes"], document["namespaces"]
     say(f"{_entries(document['entries'])} on {counted(len(nodes), 'node')}; the map is {whole}")
     if spaces:

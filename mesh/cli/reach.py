@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 def view(agent: Path | None, controller: str | None) -> View:
     """What answers *nodes*, *map* and *locate*: the named agent or controller, else whatever is at the defaults."""
-    from kvmesh.view import open_view
-
     if agent is not None and controller is not None:
         raise SettingsError("--agent and --controller exclude each other: give the one that shall answer")
     if controller is not None:
         parse_address(controller, flag="--controller")
+    from kvmesh.view import open_view
+
     return open_view(str(agent) if agent is not None else None, controller)
 
 

@@ -31,7 +31,8 @@ from kvmesh.transport.errors import UnsupportedModelError
 
 _NOT_CONTENT = frozenset(
     {
-        "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "return_dict",
+        "_name_or_path", "_model_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype",
+        "use_cache", "return_dict",
         "output_attentions", "output_hidden_states", "id2label", "label2id", "problem_type", "chunk_size_feed_forward",
         "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range",
     }

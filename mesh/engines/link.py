@@ -1,7 +1,8 @@
-"""An engine's connection to its agent: used while it lasts, made again after it broke, and never waited for long.
+"""An engine's way to its agent: used while it works, left alone for a while when it does not.
 
-The agent may be restarted at any time, and a request must not pay for that: after a failure the engine goes on without
-the mesh, and tries again at the earliest after an interval that doubles up to a bound. Any thread may use a link.
+A `Mesh` connects again by itself, so an agent may be restarted at any time. But a request must not pay for an agent
+that is gone or hangs: after a failure the engine goes on without the mesh, and asks again at the earliest after an
+interval that doubles up to a bound. Any thread may use a link.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 
 class AgentLink:
-    """The way to one agent. `connect` makes a connection or raises `AgentUnavailableError`."""
+    """The way to one agent. `connect` makes a connection or raises `AgentUnavailableError`; `mesh` is one made
+    already.
+    """
 
     def __init__(
         self,
@@ -42,28 +45,27 @@ class AgentLink:
         self._reason = ""
 
     def mesh(self) -> Mesh:
-        """The connection. Raises `AgentUnavailableError` at once while it is too early to try again."""
+        """The connection. Raises `AgentUnavailableError`, at once while it is too early to try again."""
         with self._lock:
-            if self._mesh is not None:
-                return self._mesh
             if self._clock() < self._retry_at:
                 raise AgentUnavailableError(self._reason)
-            try:
-                self._mesh = self._connect()
-            except AgentUnavailableError as error:
-                self._postpone(str(error))
-                raise
-            self._interval_s = ENGINE_RECONNECT_INTERVAL_MIN_S
+            if self._mesh is None:
+                try:
+                    self._mesh = self._connect()
+                except AgentUnavailableError as error:
+                    self._postpone(str(error))
+                    raise
             return self._mesh
 
-    def lost(self, mesh: Mesh, reason: str) -> None:
-        """`mesh` failed: drop it, and make a new one later. A connection made since then stays."""
+    def worked(self) -> None:
+        """The agent answered."""
         with self._lock:
-            if self._mesh is not mesh:
-                return
-            self._mesh = None
+            self._interval_s = ENGINE_RECONNECT_INTERVAL_MIN_S
+
+    def failed(self, reason: str) -> None:
+        """The agent did not answer, for `reason`: leave it alone for a while."""
+        with self._lock:
             self._postpone(reason)
-        mesh.close()
 
     def close(self) -> None:
         """Close the connection that is open, if any. The next `mesh()` makes a new one."""
@@ -84,7 +86,6 @@ def connect_to(socket: str | os.PathLike[str] | None) -> Callable[[], Mesh]:
     def connect() -> Mesh:
         import kvmesh
 
-        mesh: Mesh = kvmesh.connect(socket, timeout_s=ENGINE_CONNECT_TIMEOUT_S)
-        return mesh
+        return kvmesh.connect(socket, timeout_s=ENGINE_CONNECT_TIMEOUT_S)
 
     return connect

@@ -99,7 +99,7 @@ class MeshModel:
     """A causal LM that loads what the mesh has, computes the rest, and publishes what is new. Close it, or use `with`.
 
     `mesh`: an open `kvmesh.Mesh`, which stays yours, or the path of an agent's socket, or None for the default agent.
-    The agent need not run yet; after it went away the engine connects again by itself.
+    The agent need not run yet, and may be started again at any time.
     `name`, `revision`: part of the identity of what is shared, so they must be equal on all nodes. By default the name
     says type and size, and the revision is a fingerprint of configuration and weights, taken again when weights change.
     A revision that you give is taken at its word: change it when you change the weights.
@@ -212,20 +212,22 @@ class MeshModel:
         if not chain:
             return loaded
         buffer: torch.Tensor | None = None
-        mesh: Mesh | None = None
         try:
             mesh = self._link.mesh()
             with mesh.get(space, chain, deadline_s=self.deadline_s(len(chain) * space.chunk_tokens)) as hit:
                 for view in hit:
+                    assert isinstance(view, torch.Tensor)
                     if buffer is None:
                         buffer = _buffer(self._geometry, len(chain) * space.chunk_tokens)
                     at = loaded.chunks * space.chunk_tokens
                     buffer[..., at : at + space.chunk_tokens, :].copy_(view)
                     loaded.chunks += 1
-                loaded.fetched, loaded.bytes_moved = min(hit.fetched, loaded.chunks), hit.bytes_moved
+                    del view  # its lease ends with it
+                loaded.fetched, loaded.bytes_moved = hit.fetched, hit.bytes_moved
+            self._link.worked()
         except KVMeshError as error:
             # What landed before is whole and verified: it is used.
-            self._note(loaded, mesh, error)
+            self._note(loaded, error)
         if buffer is not None and loaded.chunks:
             _adopt(loaded.cache, buffer, loaded.chunks * space.chunk_tokens)
         return loaded
@@ -248,19 +250,17 @@ class MeshModel:
 
             return fill
 
-        mesh: Mesh | None = None
         try:
-            mesh = self._link.mesh()
-            new = range(loaded.chunks, len(chain))
-            return int(mesh.put(space, {chain[index]: filler(index) for index in new}).stored) * space.chunk_tokens
+            new = {chain[index]: filler(index) for index in range(loaded.chunks, len(chain))}
+            return self._link.mesh().put(space, new).stored * space.chunk_tokens
         except KVMeshError as error:
-            self._note(loaded, mesh, error)
+            self._note(loaded, error)
             return 0
 
-    def _note(self, loaded: _Loaded, mesh: Mesh | None, error: KVMeshError) -> None:
+    def _note(self, loaded: _Loaded, error: KVMeshError) -> None:
         loaded.errors.append(str(error))
-        if mesh is not None and isinstance(error, AgentUnavailableError):
-            self._link.lost(mesh, str(error))
+        if isinstance(error, AgentUnavailableError):
+            self._link.failed(str(error))
 
 
 class PrefillRate:

@@ -36,7 +36,8 @@ def llama_config(**changes: Any) -> LlamaConfig:
 def make_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A random Llama whose logits are far apart, so that a greedy answer does not hang on rounding."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(llama_config(**changes)).eval()
+    model: Any = LlamaForCausalLM(llama_config(**changes))  # type: ignore[no-untyped-call]
+    model.eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

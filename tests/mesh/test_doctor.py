@@ -7,6 +7,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,10 +29,10 @@ class FakeMesh:
         self.address, self.error = address, error
         self.closed = False
 
-    def nodes(self) -> list[dict[str, object]]:
+    def nodes(self) -> dict[str, Any]:
         if self.error:
             raise self.error
-        return [{"name": "n0", "address": "127.0.0.1:1"}, {"name": "n1", "address": self.address}]
+        return {"nodes": [{"name": "n0", "address": "127.0.0.1:1"}, {"name": "n1", "address": self.address}]}
 
     def close(self) -> None:
         self.closed = True

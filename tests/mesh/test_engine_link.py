@@ -43,17 +43,15 @@ def test_one_connection_is_made_and_kept() -> None:
     assert agent.attempts == 1
 
 
-def test_a_lost_connection_is_closed_and_made_again_after_the_interval() -> None:
+def test_a_failed_agent_is_left_alone_for_the_interval() -> None:
     agent = Agent()
     link = agent.link()
-    first: Any = link.mesh()
-    link.lost(first, "it went away")
-    assert first.closed
+    first = link.mesh()
+    link.failed("it went away")
     with pytest.raises(AgentUnavailableError, match="it went away"):
         link.mesh()
-    assert agent.attempts == 1, "too early to try: it fails at once"
     agent.now += ENGINE_RECONNECT_INTERVAL_MIN_S
-    assert link.mesh() is not first
+    assert link.mesh() is first, "a Mesh connects again by itself"
 
 
 def test_the_interval_doubles_up_to_its_bound_while_nobody_is_there() -> None:
@@ -70,14 +68,23 @@ def test_the_interval_doubles_up_to_its_bound_while_nobody_is_there() -> None:
     link.mesh()
 
 
-def test_an_old_connection_that_fails_late_does_not_close_the_new_one() -> None:
+def test_an_agent_that_answers_again_is_trusted_again() -> None:
     agent = Agent()
-    given: Any = Connection()
-    link = agent.link(given)
-    link.lost(given, "broken")
+    link = agent.link()
+    for _ in range(10):
+        link.failed("it hangs")
+    agent.now += ENGINE_RECONNECT_INTERVAL_MAX_S
+    link.mesh()
+    link.worked()
+    link.failed("it hangs")
     agent.now += ENGINE_RECONNECT_INTERVAL_MIN_S
-    new: Any = link.mesh()
-    link.lost(given, "broken")
-    assert link.mesh() is new
+    link.mesh()
+
+
+def test_closing_the_link_closes_the_connection() -> None:
+    agent = Agent()
+    link = agent.link()
+    first: Any = link.mesh()
     link.close()
-    assert new.closed
+    assert first.closed
+    assert link.mesh() is not first

@@ -29,7 +29,8 @@ SMALL: dict[str, Any] = {
 
 
 def build(kind: str, **changes: Any) -> Any:
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SMALL | changes))).eval()
+    auto: Any = AutoModelForCausalLM
+    return auto.from_config(AutoConfig.for_model(kind, **(SMALL | changes))).eval()
 
 
 def test_a_plain_llama_is_taken_with_its_geometry() -> None:
@@ -92,7 +93,7 @@ def test_an_encoder_decoder_is_refused() -> None:
 
 def test_weights_on_the_meta_device_are_refused() -> None:
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(llama_config())
+        model = transformers.LlamaForCausalLM(llama_config())  # type: ignore[no-untyped-call]
     with pytest.raises(UnsupportedModelError, match="meta device"):
         inspect_model(model)
 
@@ -165,8 +166,9 @@ def test_the_dtype_changes_the_fingerprint() -> None:
 
 
 def test_weights_that_change_after_wrapping_get_a_namespace_of_their_own() -> None:
-    model, mesh, tokens = make_llama(), MeshStandIn(), prompt(4 * CHUNK)
-    engine = MeshModel(model, mesh, chunk_tokens=CHUNK)  # type: ignore[arg-type]
+    mesh: Any = MeshStandIn()
+    model, tokens = make_llama(), prompt(4 * CHUNK)
+    engine = MeshModel(model, mesh, chunk_tokens=CHUNK)
     before = engine.space
     engine.generate(tokens, max_new_tokens=2)
     assert engine.space is before
@@ -187,6 +189,7 @@ def test_the_sign_of_changed_weights_is_steady_and_sensitive() -> None:
 
 
 def test_the_tenant_and_the_given_names_are_in_the_namespace() -> None:
-    engine = MeshModel(llama(), MeshStandIn(), name="m", revision="r", tenant="t", chunk_tokens=CHUNK)  # type: ignore[arg-type]
+    mesh: Any = MeshStandIn()
+    engine = MeshModel(llama(), mesh, name="m", revision="r", tenant="t", chunk_tokens=CHUNK)
     space = engine.space
     assert (space.model, space.revision, space.tenant, space.layout, space.dtype) == ("m", "r", "t", "torch", "float32")

@@ -1,4 +1,5 @@
 """Host facts, on this machine and on ones that it is not."""
+# ruff: noqa: N802 - a fake has the names of what it stands for
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,13 +7,13 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from kvmesh.host import META_BYTES_MAX, Gpu, HostFacts, _cgroup_memory, host_facts, nvidia_gpus
+from kvmesh.host import META_BYTES_MAX, TIMES, Gpu, HostFacts, _cgroup_memory, host_facts, nvidia_gpus
 
 H100 = "NVIDIA H100 80GB HBM3"
 
 
 class Nvml:
-    """The part of pynvml that is used, for a machine with `gpus`; a name of None is a GPU that has fallen off the bus."""
+    """The part of pynvml that is used, for a machine with `gpus`; None is a GPU that has fallen off the bus."""
 
     class NVMLError(Exception):
         """As pynvml's."""
@@ -102,7 +103,8 @@ def test_a_gpu_has_a_short_name(name: str, model: str):
 def test_peers_are_told_small_strings():
     meta = facts(H100, H100, "NVIDIA L40S").to_meta()
     assert meta == {
-        "host": "h1", "boot": "a" * 36, "cpus": "16", "memory_bytes": str(128 << 30), "gpus": "2×H100, 1×L40S"
+        "host": "h1", "boot": "a" * 36, "cpus": "16", "memory_bytes": str(128 << 30),
+        "gpus": f"2{TIMES}H100, 1{TIMES}L40S"
     }  # fmt: skip
     assert "gpus" not in facts().to_meta()
 

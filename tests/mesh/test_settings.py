@@ -55,7 +55,7 @@ def test_what_is_not_an_address_is_said_with_an_example(text: str):
 
 @pytest.mark.parametrize("text", ["-1", "65536", "abc", "", "7950 ", "1e3"])
 def test_what_is_not_a_port_is_said(text: str):
-    with pytest.raises(SettingsError, match="--mesh-port .*use a port from 1 to 65535, or 0"):
+    with pytest.raises(SettingsError, match=r"--mesh-port .*use a port from 1 to 65535, or 0"):
         parse_port(text)
 
 

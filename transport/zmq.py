@@ -1,0 +1,119 @@
+"""The transport over ZeroMQ: one TCP port that serves calls and reads, and connections to peers for control and for bulk.
+
+    this node                                              a peer
+    Caller      (loop)    DEALER ── calls, answers ──────── ROUTER  Server   (loop): handler, Lender
+    BulkThread  (thread)  DEALER ── reads, credit, bulk ───   "
+
+Control and bulk have connections of their own, so a call never waits behind a chunk. Bytes move in libzmq's threads and in the
+copies of the bulk thread; the loop decides and counts. For now peers are not authenticated (mechanism NULL), so a transport
+listens on loopback only. This module puts the parts together; what each does is in its own file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+
+from .counters import Counters, total
+from .interface import CallHandler, ChunkSource, Landing, TransportStats, Want
+from .landings import LandingStream, check_wants
+from .limits import LOANS_RETURN_S
+from .zmq_bulk import BulkRead, BulkThread
+from .zmq_calls import Caller
+from .zmq_serve import Server
+from .zmq_sockets import Sockets
+
+log = logging.getLogger(__name__)
+
+
+async def open_zmq(host: str, port: int, source: ChunkSource | None, handler: CallHandler) -> ZmqTransport:
+    """A transport that listens on `port` of `host` (0: any free port). Raises `SettingsError` when it cannot."""
+    return ZmqTransport(host, port, source, handler)
+
+
+class ZmqTransport:
+    """One node's end. Make it with `open_zmq`, on the loop that it is to run on."""
+
+    def __init__(self, host: str, port: int, source: ChunkSource | None, handler: CallHandler) -> None:
+        sockets = Sockets()
+        try:
+            router, self._address = sockets.listen(host, port)
+        except BaseException:
+            sockets.close()
+            raise
+        self._on_loop, self._in_thread = Counters(), Counters()
+        self._server = Server(router, source, handler, self._on_loop)
+        self._caller = Caller(sockets, self._on_loop)
+        self._bulk = BulkThread(sockets, self._in_thread)
+        self._closing: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> str:
+        """``HOST:PORT``, with brackets around an IPv6 host."""
+        return self._address
+
+    async def call(self, address: str, request: bytes, *, timeout_s: float) -> bytes:
+        """As `Transport.call`."""
+        return await self._caller.call(address, request, timeout_s)
+
+    def read(self, address: str, wants: Sequence[Want], *, deadline_s: float) -> ZmqReading:
+        """As `Transport.read`."""
+        check_wants(wants)
+        return ZmqReading(self._bulk, address, wants, deadline_s)
+
+    def stats(self) -> TransportStats:
+        """As `Transport.stats`."""
+        return total([self._on_loop, self._in_thread])
+
+    async def close(self) -> None:
+        """As `Transport.close`."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        self._caller.close()
+        await self._server.close()
+        await self._bulk.stop()  # it ends the context as well, once every socket is closed
+        try:
+            async with asyncio.timeout(LOANS_RETURN_S):
+                await self._server.lender.loans.all_back()
+        except TimeoutError:
+            log.exception("closed while chunks were still on loan to libzmq")
+
+
+class ZmqReading:
+    """A read under way: the bulk thread fills the stream of landings."""
+
+    def __init__(self, bulk: BulkThread, address: str, wants: Sequence[Want], deadline_s: float) -> None:
+        self._bulk = bulk
+        self._stream = LandingStream(len(wants), deadline_s, self._stop)
+        self._quiet = asyncio.Event()
+        self._read = BulkRead(address, tuple(wants), self._stream.put, self._ended)
+        if wants:
+            bulk.start(self._read)
+        else:
+            self._quiet.set()
+
+    def __aiter__(self) -> AsyncIterator[Landing]:
+        return self
+
+    async def __anext__(self) -> Landing:
+        """As `Reading.__anext__`."""
+        return await self._stream.next()
+
+    async def close(self) -> None:
+        """As `Reading.close`."""
+        self._stream.discard()
+        await self._quiet.wait()
+
+    def _ended(self) -> None:
+        """The thread will not write again."""
+        self._quiet.set()
+        self._stream.end()
+
+    def _stop(self) -> None:
+        """The stream has ended: by its last landing, its deadline, or its consumer."""
+        if not self._quiet.is_set():
+            self._bulk.cancel(self._read)
