@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-HARNESS = {"__main__", "figures"}
+HARNESS = {"__main__", "agents", "figures"}
 
 
 def subjects() -> list[str]:

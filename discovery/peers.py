@@ -121,8 +121,10 @@ class PeerTable:
         for _ in range(min(len(self._order), 2 * PEERS_TOLD_MAX)):
             self._told = (self._told + 1) % len(self._order)
             peer = self._peers[self._order[self._told]]
-            if peer.state is MemberState.ALIVE and len(found) < PEERS_TOLD_MAX:
+            if peer.state is MemberState.ALIVE:
                 found.append(peer.identity.address)
+            if len(found) == PEERS_TOLD_MAX:
+                break
         return found
 
     def _drop_address(self, peer: Peer) -> None:

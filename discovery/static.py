@@ -182,9 +182,10 @@ class StaticMembership:
             return []
         name = pong.identity.name
         events: list[MembershipEvent] = []
-        if before is not None and before != name and (peer := self._peers.get(before)) and peer.address == address:
-            # Somebody else lives there now: for the one that did, this was a ping without an answer.
-            events += self._missed(peer, now)
+        if before != name and (peer := self._peers.get(before)) and peer.address == address and not peer.is_gone:
+            # Somebody else lives there now, so the one that did is not there any more.
+            peer.state, peer.changed_at = MemberState.FAILED, now
+            events.append(Failed(peer.member()))
         self._schedule.belongs(address, name)
         events += self._learn(pong, address, now)
         peer = self._peers.get(name)

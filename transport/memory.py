@@ -26,6 +26,7 @@ from .errors import KVMeshError, ProtocolError, SettingsError, UnreachableError
 from .interface import CallHandler, ChunkSource, Landing, Loan, Outcome, TransportStats, Want
 from .landings import LandingStream, check_wants
 from .limits import CALLS_SERVED_MAX, FRAME_BYTES_DEFAULT, MESSAGE_BYTES_MAX, READS_SERVED_MAX
+from .loans import lend
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +195,7 @@ class MemoryTransport:
 
     def lend(self, key: bytes) -> Loan | None:
         """The chunk, for a reading of the other end."""
-        loan = self._source.lend(key) if self._source is not None else None
+        loan = lend(self._source, key)
         self._counters.not_held += loan is None
         return loan
 

@@ -17,7 +17,7 @@ from .counters import Counters
 from .errors import PeerError, ProtocolError, UnreachableError
 from .frames import Alive, Answer, Call, Cancel, ForeignVersionError, FrameError, Refusal, encode, to_reader
 from .limits import CALLS_PER_PEER_MAX, LINK_IDLE_S, MESH_PROTOCOL_VERSION, MESSAGE_BYTES_MAX
-from .zmq_sockets import CONNECTION, READY_TIMEOUT_S, LoopSocket, Monitor, Sockets
+from .zmq_sockets import READY_TIMEOUT_S, Sockets, WatchedSocket
 
 
 @dataclass(slots=True)
@@ -25,8 +25,7 @@ class _Link:
     """The control connection to one peer."""
 
     address: str
-    socket: LoopSocket
-    monitor: Monitor
+    socket: WatchedSocket
     timer: asyncio.TimerHandle
     """Until it is ready: the bound on that. From then on: the look whether it is idle."""
     used_s: float
@@ -77,11 +76,13 @@ class Caller:
             self._lose(link, "this transport is closed")
 
     def _open(self, address: str) -> _Link:
-        dealer = self._sockets.connect(address, bulk=False)
         link: _Link = _Link(
             address,
-            LoopSocket(dealer, lambda parts: self._receive(link, parts)),
-            Monitor(dealer, CONNECTION, lambda ready: self._event(link, ready)),
+            WatchedSocket(
+                *self._sockets.connect(address, bulk=False),
+                lambda parts: self._receive(link, parts),
+                lambda ready: self._event(link, ready),
+            ),
             self._loop.call_later(READY_TIMEOUT_S, lambda: self._event(link, False)),
             self._loop.time(),
         )
@@ -108,7 +109,6 @@ class Caller:
             return  # both ends of a connection may report its loss
         del self._links[link.address]
         link.timer.cancel()
-        link.monitor.close()
         link.socket.close()
         for answer in link.pending.values():
             if not answer.done():

@@ -109,7 +109,14 @@ class Lender:
             return "too many chunks asked for at once"
         frame_bytes = min(FRAME_BYTES_DEFAULT, message.window_bytes // FRAMES_PER_WINDOW)
         read = _Served(
-            reader, message.id, payload, count, message.window_bytes, message.window_bytes, frame_bytes, self._loop.time()
+            reader,
+            message.id,
+            payload,
+            count,
+            message.window_bytes,
+            message.window_bytes,
+            frame_bytes,
+            self._loop.time(),
         )
         self._reads[reader, message.id] = read
         self._per_reader[reader] += 1
@@ -122,7 +129,9 @@ class Lender:
         """More credit. False when that is more than the reader can have consumed: the read is ended then."""
         read = self._reads.get((reader, read_id))
         if read is None:
-            return True  # the last pieces are on their way, and the reader does not know yet that no more credit is needed
+            return (
+                True  # the last pieces are on their way, and the reader does not know yet that no more credit is needed
+            )
         read.credit_bytes += credit_bytes
         if read.credit_bytes > read.window_bytes:
             self.end(reader, read_id)

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 import zmq
 
 from .limits import BULK_LINKS_PER_PEER_MAX, LINK_IDLE_S
-from .zmq_sockets import CONNECTION, READY_TIMEOUT_S, Sockets, is_ready
+from .zmq_sockets import READY_TIMEOUT_S, Sockets, close_both, is_ready
 
 R = TypeVar("R")
 
@@ -50,8 +50,7 @@ class Links(Generic[R]):
         best = min(links, key=lambda link: len(link.reads), default=None)
         if best is not None and (not best.reads or len(links) >= BULK_LINKS_PER_PEER_MAX):
             return best
-        socket = self._sockets.connect(address, bulk=True)
-        link: Link[R] = Link(address, socket, socket.get_monitor_socket(CONNECTION), time.monotonic())
+        link: Link[R] = Link(address, *self._sockets.connect(address, bulk=True), time.monotonic())
         for end in (link.socket, link.monitor):
             self._poller.register(end, zmq.POLLIN)
             self._by_socket[end] = link
@@ -89,6 +88,4 @@ class Links(Generic[R]):
         links.remove(link)
         if not links:
             del self._by_address[link.address]
-        link.socket.disable_monitor()
-        link.monitor.close()
-        link.socket.close()
+        close_both(link.socket, link.monitor)

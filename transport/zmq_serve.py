@@ -42,7 +42,7 @@ from .limits import (
     REFUSAL_CHARS_MAX,
 )
 from .zmq_lend import Lender
-from .zmq_sockets import LoopSocket, Monitor
+from .zmq_sockets import WatchedSocket
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +62,8 @@ class Server:
         self._counters = counters
         self._calls: dict[tuple[bytes, int], asyncio.Task[None]] = {}
         self._per_caller: Counter[bytes] = Counter()
-        self._monitor = Monitor(router, zmq.EVENT_DISCONNECTED, self._probe_soon)
-        self._socket = LoopSocket(router, self._receive)
+        monitor = router.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._socket = WatchedSocket(router, monitor, self._receive, self._probe_soon)
         self.lender = Lender(source, self._send_bulk, counters, self._refuse)
         self._sweeper = self._loop.call_later(SWEEP_INTERVAL_S, self._sweep)
         self._probe: asyncio.TimerHandle | None = None
@@ -74,7 +74,6 @@ class Server:
         self._sweeper.cancel()
         if self._probe is not None:
             self._probe.cancel()
-        self._monitor.close()
         self.lender.close()
         tasks = list(self._calls.values())
         for task in tasks:

@@ -76,26 +76,32 @@ class Sockets:
         except zmq.ZMQError as error:
             router.close()
             if error.errno == zmq.EADDRINUSE:
-                what = f"port {port} on {host} is in use: stop what listens there, or use another port (0: any free one)"
+                what = (
+                    f"port {port} on {host} is in use: stop what listens there, or use another port (0: any free one)"
+                )
             else:
                 what = f"cannot listen on port {port} of {host}: {error.strerror}"
             raise SettingsError(what) from None
         return router, router.get_string(zmq.LAST_ENDPOINT).removeprefix("tcp://")
 
-    def connect(self, address: str, *, bulk: bool) -> zmq.Socket[bytes]:
-        """A DEALER towards the peer at `address`; the connection comes later. Raises `UnreachableError` for no address."""
+    def connect(self, address: str, *, bulk: bool) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+        """A DEALER towards the peer at `address`, and the socket that tells what becomes of the connection.
+
+        Raises `UnreachableError` when that is no address.
+        """
         if not re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[^\[\]:/;\s]+):\d{1,5}", address):
             raise UnreachableError(f"{address!r} is not an address: HOST:PORT is")
         dealer = self._socket(zmq.DEALER, FRAME_BYTES_MAX if bulk else CONTROL_FRAME_BYTES_MAX)
         dealer.ipv6 = address.startswith("[")
         dealer.connect_timeout = int(1000 * CONNECT_TIMEOUT_S)
         dealer.reconnect_ivl = -1
+        monitor = dealer.get_monitor_socket(CONNECTION)  # before the connection can fail
         try:
             dealer.connect(f"tcp://{address}")
         except zmq.ZMQError as error:
-            dealer.close()
+            close_both(dealer, monitor)
             raise UnreachableError(f"cannot connect to {address}: {error.strerror}") from None
-        return dealer
+        return dealer, monitor
 
     def _socket(self, kind: int, frame_bytes_max: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
@@ -127,6 +133,7 @@ class LoopSocket:
         self._on_message = on_message
         self._fd = int(socket.fd)
         self._draining = False
+        self._closed = False
         self._loop.add_reader(self._fd, self.drain)
         self._drain_soon()
 
@@ -138,11 +145,11 @@ class LoopSocket:
             # The descriptor tells of changes, not of states, and a send may have taken the news of a message in.
             self._drain_soon()
 
-    def close(self) -> None:
-        """Close the socket: nothing comes any more."""
+    def leave(self) -> zmq.Socket[bytes]:
+        """Leave the loop: nothing comes any more. Returns the socket, for its owner to close."""
         self._loop.remove_reader(self._fd)
-        self._socket.disable_monitor()
-        self._socket.close()
+        self._closed = True
+        return self._socket
 
     def _drain_soon(self) -> None:
         if not self._draining:
@@ -153,7 +160,7 @@ class LoopSocket:
         """Hand out what has come."""
         self._draining = False
         for _ in range(MESSAGES_PER_TURN):
-            if self._socket.closed:
+            if self._closed:
                 return
             try:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -163,15 +170,29 @@ class LoopSocket:
         self._drain_soon()
 
 
-class Monitor:
-    """Tells, on the loop, of `events` of another socket: `on_event(whether it is ready)`. Close it before that socket."""
+class WatchedSocket:
+    """A socket on the loop, and what is told of its connections: `on_event(whether one is ready, or else lost)`."""
 
-    def __init__(self, socket: zmq.Socket[bytes], events: int, on_event: Callable[[bool], None]) -> None:
-        self._pair = LoopSocket(socket.get_monitor_socket(events), lambda parts: on_event(is_ready(parts)))
+    def __init__(
+        self,
+        socket: zmq.Socket[bytes],
+        monitor: zmq.Socket[bytes],
+        on_message: Callable[[list[bytes]], None],
+        on_event: Callable[[bool], None],
+    ) -> None:
+        self._ends = LoopSocket(socket, on_message), LoopSocket(monitor, lambda event: on_event(is_ready(event)))
+        self.send, self.drain = self._ends[0].send, self._ends[0].drain
 
     def close(self) -> None:
-        """Tell of nothing more."""
-        self._pair.close()
+        """Close both: nothing comes any more."""
+        close_both(*(end.leave() for end in self._ends))
+
+
+def close_both(socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
+    """Close a socket and its monitor."""
+    socket.disable_monitor()
+    monitor.close()
+    socket.close()
 
 
 def is_ready(event: list[bytes]) -> bool:

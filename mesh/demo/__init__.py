@@ -1,4 +1,5 @@
-"""The demo: the whole idea on one machine, with real processes and a real model. Nothing here is imported by anything else.
+"""The demo: the whole idea on one machine, with real processes and a real model. Nothing here is imported by anything
+else.
 
     run ── story ──┬── children ── controller, agents A, B, C     (python -m kvmesh.cli …)
                    │            └─ engines of A and B             (python -m kvmesh.demo.engine, JSON lines)

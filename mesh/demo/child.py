@@ -1,4 +1,5 @@
-"""The first thing that each child process of the demo runs: it ties its life to the demo's, then becomes the real program.
+"""The first thing that each child process of the demo runs: it ties its life to the demo's, then becomes the real
+program.
 
     python -m kvmesh.demo.child PARENT_PID PROGRAM ARGUMENT…
 

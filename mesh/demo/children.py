@@ -1,8 +1,9 @@
 """The demo's child processes: started, spoken to in JSON lines, and ended, whatever happens.
 
-Children are in process groups of their own, so a Ctrl-C in the terminal reaches the demo alone, which then ends them in order. Their
-stderr goes to a file each; the end of it is told when a child ends unasked. One reader thread a child; everything else runs
-in the main thread, where children must be started as well: the kernel ties a child to the thread that started it.
+Children are in process groups of their own, so a Ctrl-C in the terminal reaches the demo alone, which then ends them in
+order. Their stderr goes to a file each; the end of it is told when a child ends unasked. One reader thread a child;
+everything else runs in the main thread, where children must be started as well: the kernel ties a child to the thread
+that started it.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ class Child:
             raise self._ended() from None
 
     def receive(self, timeout_s: float) -> dict[str, Any] | None:
-        """The next document that it printed; None when there is none within `timeout_s`. Raises `DemoError` at its end."""
+        """The next document that it printed; None when there is none within `timeout_s`. Raises `DemoError` at its
+        end.
+        """
         try:
             document = self._documents.get(timeout=timeout_s)
         except queue.Empty:

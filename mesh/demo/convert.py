@@ -1,7 +1,9 @@
-"""Converts a Llama in GGUF to a plain float32 folder of transformers. A process of its own: ``python -m kvmesh.demo.convert GGUF FOLDER``.
+"""Converts a Llama in GGUF to a plain float32 folder of transformers. A process of its own: ``python -m
+kvmesh.demo.convert GGUF FOLDER``.
 
-It prints a JSON line for each step. A model that transformers loads from GGUF refuses to be saved, since its configuration still says
-that it is quantised, although its weights are not any more: so they go into a fresh model without that.
+It prints a JSON line for each step. A model that transformers loads from GGUF refuses to be saved, since its
+configuration still says that it is quantised, although its weights are not any more: so they go into a fresh model
+without that.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ def main() -> None:
     _tell(2)
     config = loaded.config.to_dict()
     config.pop("quantization_config")
-    model: Any = LlamaForCausalLM(LlamaConfig(**config))
+    model: Any = LlamaForCausalLM(LlamaConfig(**config))  # type: ignore[no-untyped-call]
     model.load_state_dict(loaded.state_dict())
     model.generation_config = loaded.generation_config
     folder.mkdir()

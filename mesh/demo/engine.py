@@ -1,4 +1,5 @@
-"""The demo's engine: one process with a model, which answers questions about a document and says what the mesh did for it.
+"""The demo's engine: one process with a model, which answers questions about a document and says what the mesh did for
+it.
 
     python -m kvmesh.demo.engine MODEL_FOLDER NAME AGENT_SOCKET CHUNK_TOKENS
 
@@ -19,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from typing import Any, TextIO
 
 STEPS = ("importing torch and transformers", "loading the model", "measuring")
@@ -63,11 +65,7 @@ class Engine:
         prompt_tokens = tokens.shape[1]
         self._prefilling = True
         result = self._model.generate(
-            tokens,
-            use_mesh=mesh,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            streamer=_Streamer(self, prompt_tokens),
+            tokens, use_mesh=mesh, max_new_tokens=new_tokens, do_sample=False, streamer=_Streamer(self)
         )
         answer = result.sequences[0, prompt_tokens:].tolist()
         self._events.emit(
@@ -125,18 +123,19 @@ class Engine:
 
 
 class _Streamer:
-    """What generate() hands the prompt and then each token to."""
+    """What generate() hands the prompt to, and then each token."""
 
-    def __init__(self, engine: Engine, prompt_tokens: int) -> None:
+    def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._prompt_tokens = prompt_tokens
-        self._tokens: list[int] = []
+        self._answer: list[int] | None = None
 
     def put(self, tokens: Any) -> None:
         """The prompt comes first, then one token at a time."""
-        if tokens.numel() == 1 or self._tokens:
-            self._tokens += tokens.reshape(-1).tolist()
-            self._engine.said(self._tokens)
+        if self._answer is None:
+            self._answer = []
+        else:
+            self._answer += tokens.tolist()
+            self._engine.said(self._answer)
 
     def end(self) -> None:
         """Nothing: the whole answer follows as an event of its own."""
@@ -149,10 +148,11 @@ def main() -> None:
     events = Events(out)
     folder, name, socket, chunk_tokens = sys.argv[1:]
     engine = Engine(folder, name, socket, int(chunk_tokens), events)
+    commands: dict[str, Callable[..., None]] = {"ask": engine.ask, "prefetch": engine.prefetch}
     events.emit("ready")
     for line in sys.stdin:
         command = json.loads(line)
-        getattr(engine, {"ask": "ask", "prefetch": "prefetch"}[command.pop("do")])(**command)
+        commands[command.pop("do")](**command)
 
 
 if __name__ == "__main__":

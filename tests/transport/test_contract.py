@@ -1,0 +1,426 @@
+"""What every transport does (interface.py), on both backends."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from kvmesh.transport.errors import CallerError, KVMeshError, ProtocolError, UnreachableError
+from kvmesh.transport.interface import Landing, Outcome, Want
+from kvmesh.transport.limits import CHAIN_CHUNKS_MAX, KIB, MESSAGE_BYTES_MAX, MIB
+from tests.support.waiting import wait_until_async
+from tests.transport.ends import BACKENDS, LONG_S, Chunks, Ends, collect, key, outcomes, pattern, two, wants
+
+Test = Callable[[str], Awaitable[None]]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+# --- calls -----------------------------------------------------------------------------------------------------------
+def test_a_call_is_answered(backend: str) -> None:
+    async def main() -> None:
+        async with Ends(backend) as ends:
+            a, b = await ends.open(), await ends.open()
+            for request in (b"", b"hello", bytes(100 * KIB), bytes(MESSAGE_BYTES_MAX)):
+                assert await a.call(b.address, request, timeout_s=LONG_S) == request
+            assert await a.call(a.address, b"myself", timeout_s=LONG_S) == b"myself"
+
+    asyncio.run(main())
+
+
+def test_many_calls_at_once(backend: str) -> None:
+    async def main() -> None:
+        async with Ends(backend) as ends:
+            a, b = await ends.open(), await ends.open()
+            requests = [str(number).encode() for number in range(200)]
+            answers = await asyncio.gather(*(a.call(b.address, request, timeout_s=LONG_S) for request in requests))
+            assert answers == requests
+
+    asyncio.run(main())
+
+
+def test_a_call_without_an_answer_times_out(backend: str) -> None:
+    async def main() -> None:
+        async with Ends(backend) as ends:
+            a, stalled = await ends.open(), await ends.stalled()
+            with pytest.raises(UnreachableError, match=r"did not answer within 0\.05 s"):
+                await a.call(stalled, b"?", timeout_s=0.05)
+
+    asyncio.run(main())
+
+
+def test_a_call_to_nobody_fails_at_once(backend: str) -> None:
+    async def main() -> None:
+        async with Ends(backend) as ends:
+            a, nobody = await ends.open(), await ends.nobody()
+            began = time.monotonic()
+            with pytest.raises(UnreachableError):
+                await a.call(nobody, b"?", timeout_s=LONG_S)
+            assert time.monotonic() - began < LONG_S / 2
+
+    asyncio.run(main())
+
+
+def test_a_long_poll_blocks_no_other_call(backend: str) -> None:
+    async def main() -> None:
+        news = asyncio.Event()
+
+        async def handler(request: bytes) -> bytes:
+            if request == b"wait":
+                await news.wait()
+            return request
+
+        async with Ends(backend) as ends:
+            a, b = await ends.open(), await ends.open(handler=handler)
+            waiting = asyncio.create_task(a.call(b.address, b"wait", timeout_s=LONG_S))
+            assert await a.call(b.address, b"quick", timeout_s=LONG_S) == b"quick"
+            assert not waiting.done()
+            news.set()
+            assert await waiting == b"wait"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("error", "says"), [(KVMeshError("what to do"), "what to do"), (ZeroDivisionError("secret"), "internal error")]
+)
+def test_an_error_of_the_handler_answers_the_caller(
+    backend: str, error: Exception, says: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async def handler(_: bytes) -> bytes:
+            raise error
+
+        async with Ends(backend) as ends:
+            a, b = await ends.open(), await ends.open(handler=handler)
+            with pytest.raises(ProtocolError, match=says) as raised:
+                await a.call(b.address, b"?", timeout_s=LONG_S)
+            assert "secret" not in str(raised.value)
+
+    asyncio.run(main())
+    assert ("secret" in caplog.text) == (says == "internal error")
+
+
+def test_messages_beyond_the_bound_are_refused(backend: str) -> None:
+    async def main() -> None:
+        async def handler(_: bytes) -> bytes:
+            return bytes(MESSAGE_BYTES_MAX + 1)
+
+        async with Ends(backend) as ends:
+            a, b = await ends.open(), await ends.open(handler=handler)
+            with pytest.raises(ProtocolError, match="at most"):
+                await a.call(b.address, bytes(MESSAGE_BYTES_MAX + 1), timeout_s=LONG_S)
+            with pytest.raises(ProtocolError, match="internal error"):
+                await a.call(b.address, b"", timeout_s=LONG_S)
+
+    asyncio.run(main())
+
+
+def test_a_call_given_up_ends_at_the_other_end(backend: str) -> None:
+    async def main() -> None:
+        began, ended = asyncio.Event(), asyncio.Event()
+
+        async def handler(_: bytes) -> bytes:
+            began.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
+            return b""
+
+        async with Ends(backend) as ends:
+            a, b = await ends.open(), await ends.open(handler=handler)
+            call = asyncio.create_task(a.call(b.address, b"", timeout_s=LONG_S))
+            await asyncio.wait_for(began.wait(), LONG_S)
+            call.cancel()
+            await asyncio.wait_for(ended.wait(), LONG_S)
+
+    asyncio.run(main())
+
+
+def test_closing_ends_calls_on_both_sides(backend: str) -> None:
+    async def main() -> None:
+        began = asyncio.Event()
+
+        async def handler(_: bytes) -> bytes:
+            began.set()
+            await asyncio.Event().wait()
+            return b""
+
+        async with Ends(backend) as ends:
+            a, b, c = await ends.open(), await ends.open(handler=handler), await ends.open()
+            calls = [asyncio.create_task(end.call(b.address, b"", timeout_s=LONG_S)) for end in (a, c)]
+            await asyncio.wait_for(began.wait(), LONG_S)
+            await a.close()
+            await b.close()
+            for call in calls:
+                with pytest.raises(UnreachableError):
+                    await call
+            with pytest.raises(UnreachableError, match="closed"):
+                await a.call(c.address, b"", timeout_s=LONG_S)
+
+    asyncio.run(main())
+
+
+# --- reads -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("count", "size_bytes"),
+    [(1, 1), (300, 1), (150, 1000), (100, 64 * KIB), (9, 200 * KIB), (20, MIB), (3, 9 * MIB + 5)],
+)
+def test_chunks_land_byte_for_byte(backend: str, count: int, size_bytes: int) -> None:
+    async def main() -> None:
+        source = Chunks()
+        source.fill(count, size_bytes)
+        async with two(backend, source) as (holder, reader):
+            wanted = wants(range(count), size_bytes)
+            landings = await collect(reader.read(holder.address, wanted, deadline_s=LONG_S))
+            assert landings == {
+                number: Landing(number, Outcome.LANDED, source.sums[key(number)]) for number in range(count)
+            }
+            assert all(want.into == source.held[want.key] for want in wanted)
+            assert (reader.stats().chunks_read, reader.stats().bytes_read) == (count, count * size_bytes)
+            assert (holder.stats().chunks_served, holder.stats().bytes_served) == (count, count * size_bytes)
+
+    asyncio.run(main())
+
+
+def test_sizes_mixed_in_one_read(backend: str) -> None:
+    async def main() -> None:
+        sizes = [5 * MIB, 1, 100 * KIB, 2 * MIB, 128 * KIB, 128 * KIB + 1, 64, MIB + 1, 4096, 3]
+        source = Chunks()
+        for number, size in enumerate(sizes):
+            source.add(number, pattern(number, size))
+        async with two(backend, source) as (holder, reader):
+            wanted = wants(range(len(sizes)), sizes)
+            landings = await collect(reader.read(holder.address, wanted, deadline_s=LONG_S))
+            assert set(outcomes(landings).values()) == {Outcome.LANDED}
+            assert len(landings) == len(sizes)
+            assert all(want.into == source.held[want.key] for want in wanted)
+
+    asyncio.run(main())
+
+
+def test_what_is_not_there_or_not_right_is_said(backend: str) -> None:
+    async def main() -> None:
+        source = Chunks()
+        source.fill(6, 3 * MIB)
+        source.add(6, pattern(6, 1000))
+        source.held[key(1)][2 * MIB] ^= 1  # no longer what its checksum says
+        source.sums[key(6)] ^= 1
+        async with two(backend, source) as (holder, reader):
+            wanted = wants([0, 1, 99, 3, 4, 6], [3 * MIB, 3 * MIB, 10, 5, 3 * MIB, 1000])
+            landings = await collect(reader.read(holder.address, wanted, deadline_s=LONG_S))
+            assert outcomes(landings) == {
+                0: Outcome.LANDED,
+                1: Outcome.CORRUPT,
+                2: Outcome.NOT_HELD,
+                3: Outcome.WRONG_SIZE,
+                4: Outcome.LANDED,
+                5: Outcome.CORRUPT,
+            }
+            assert bytes(wanted[2].into) == b"\xa5" * 10
+            assert bytes(wanted[3].into) == b"\xa5" * 5
+            assert (landings[2].checksum, landings[3].checksum) == (0, source.sums[key(3)])
+            assert (reader.stats().corrupt, reader.stats().not_held, holder.stats().not_held) == (2, 1, 1)
+            assert reader.stats().chunks_read == 2
+
+    asyncio.run(main())
+
+
+def test_a_node_without_a_source_holds_nothing(backend: str) -> None:
+    async def main() -> None:
+        async with Ends(backend) as ends:
+            a, b = await ends.open(), await ends.open(None)
+            landings = await collect(a.read(b.address, wants(range(200), 10), deadline_s=LONG_S))
+            assert outcomes(landings) == dict.fromkeys(range(200), Outcome.NOT_HELD)
+
+    asyncio.run(main())
+
+
+def test_a_source_that_fails_holds_nothing(backend: str, caplog: pytest.LogCaptureFixture) -> None:
+    class Failing(Chunks):
+        def lend(self, key: bytes) -> None:
+            raise ZeroDivisionError
+
+    async def main() -> None:
+        async with two(backend, Failing()) as (holder, reader):
+            landings = await collect(reader.read(holder.address, wants([0], 10), deadline_s=LONG_S))
+            assert outcomes(landings) == {0: Outcome.NOT_HELD}
+
+    asyncio.run(main())
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_nothing_wanted_ends_at_once(backend: str) -> None:
+    async def main() -> None:
+        async with two(backend, Chunks()) as (holder, reader):
+            assert await collect(reader.read(holder.address, [], deadline_s=LONG_S)) == {}
+
+    asyncio.run(main())
+
+
+def test_a_read_that_cannot_be_is_an_error_of_the_caller(backend: str) -> None:
+    async def main() -> None:
+        async with two(backend, Chunks()) as (holder, reader):
+            for wanted in (
+                [Want(b"short", memoryview(bytearray(1)))],
+                [Want(key(0), memoryview(b"read only"))],
+                [Want(key(0), memoryview(bytearray(8))[::2])],
+                [Want(key(0), memoryview(bytearray()))],
+                wants([0] * (CHAIN_CHUNKS_MAX + 1), 1),
+            ):
+                with pytest.raises(CallerError):
+                    reader.read(holder.address, wanted, deadline_s=LONG_S)
+
+    asyncio.run(main())
+
+
+def test_the_deadline_ends_a_read_whose_holder_is_silent(backend: str) -> None:
+    async def main() -> None:
+        async with Ends(backend) as ends:
+            reader, stalled = await ends.open(), await ends.stalled()
+            began = time.monotonic()
+            assert await collect(reader.read(stalled, wants(range(3), 10), deadline_s=0.1)) == {}
+            assert 0.09 < time.monotonic() - began < LONG_S
+
+    asyncio.run(main())
+
+
+def test_a_holder_that_does_not_exist_ends_the_read_at_once(backend: str) -> None:
+    async def main() -> None:
+        async with Ends(backend) as ends:
+            reader, nobody = await ends.open(), await ends.nobody()
+            assert await asyncio.wait_for(collect(reader.read(nobody, wants([0], 10), deadline_s=1000)), LONG_S) == {}
+            assert reader.stats().peers_lost == 1
+
+    asyncio.run(main())
+
+
+def test_after_close_no_buffer_changes(backend: str) -> None:
+    async def main() -> None:
+        count, size = 24, 2 * MIB
+        source = Chunks()
+        source.fill(count, size)
+        async with two(backend, source) as (holder, reader):
+            wanted = wants(range(count), size)
+            reading = reader.read(holder.address, wanted, deadline_s=LONG_S)
+            await anext(reading)  # type: ignore[call-overload] - a Reading has what anext needs
+            await reading.close()
+            after = [bytes(want.into) for want in wanted]
+            with pytest.raises(StopAsyncIteration):
+                await reading.__anext__()
+            await reading.close()
+            # A later read over the same connections says that whatever was under way has come by.
+            assert len(await collect(reader.read(holder.address, wants([0], size), deadline_s=LONG_S))) == 1
+            assert [bytes(want.into) for want in wanted] == after
+            assert any(content != source.held[want.key] for content, want in zip(after, wanted, strict=True))
+            for want in wanted:
+                want.into.release()  # nobody refers to the buffers any more
+            await wait_until_async(lambda: source.out == 0, LONG_S, "every loan is back")
+
+    asyncio.run(main())
+
+
+def test_a_deadline_in_the_middle_keeps_what_has_landed(backend: str) -> None:
+    async def main() -> None:
+        source = Chunks()
+        source.fill(40, 2 * MIB)
+        async with two(backend, source) as (holder, reader):
+            wanted = wants(range(40), 2 * MIB)
+            landings = await collect(reader.read(holder.address, wanted, deadline_s=0.01))
+            for index, outcome in outcomes(landings).items():
+                assert outcome is Outcome.LANDED
+                assert wanted[index].into == source.held[key(index)]
+            await wait_until_async(lambda: source.out == 0, LONG_S, "every loan is back")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("closing", ["holder", "reader"])
+def test_a_peer_that_closes_in_mid_read(backend: str, closing: str) -> None:
+    async def main() -> None:
+        source = Chunks()
+        source.fill(60, 2 * MIB)
+        async with two(backend, source) as (holder, reader):
+            wanted = wants(range(60), 2 * MIB)
+            reading = reader.read(holder.address, wanted, deadline_s=1000)
+            landings = [await reading.__anext__()]
+            ends = {"holder": holder, "reader": reader}
+            await asyncio.wait_for(ends[closing].close(), LONG_S)
+            if closing == "holder":
+                assert source.out == 0
+            async with asyncio.timeout(LONG_S):
+                landings += [landing async for landing in reading]
+                await reading.close()
+            assert len(landings) < 60
+            assert all(wanted[landing.index].into == source.held[key(landing.index)] for landing in landings)
+            await wait_until_async(lambda: source.out == 0, LONG_S, "every loan is back")
+            if closing == "holder":
+                assert reader.stats().peers_lost == 1
+
+    asyncio.run(main())
+
+
+def test_several_readers_at_once(backend: str) -> None:
+    async def main() -> None:
+        source = Chunks()
+        source.fill(12, MIB)
+        async with Ends(backend) as ends:
+            holder = await ends.open(source)
+            readers = [await ends.open() for _ in range(3)]
+            wanted = [wants(range(12), MIB) for _ in range(6)]
+            reads = [
+                collect(readers[number % 3].read(holder.address, each, deadline_s=LONG_S))
+                for number, each in enumerate(wanted)
+            ]
+            for landings in await asyncio.gather(*reads):
+                assert outcomes(landings) == dict.fromkeys(range(12), Outcome.LANDED)
+            assert all(want.into == source.held[want.key] for each in wanted for want in each)
+            await wait_until_async(lambda: source.out == 0, LONG_S, "every loan is back")
+
+    asyncio.run(main())
+
+
+def test_a_node_reads_from_itself(backend: str) -> None:
+    async def main() -> None:
+        source = Chunks()
+        source.fill(5, 300 * KIB)
+        async with two(backend, source) as (holder, _):
+            wanted = wants(range(5), 300 * KIB)
+            assert len(await collect(holder.read(holder.address, wanted, deadline_s=LONG_S))) == 5
+            assert all(want.into == source.held[want.key] for want in wanted)
+
+    asyncio.run(main())
+
+
+def test_reading_with_a_closed_transport_ends(backend: str) -> None:
+    async def main() -> None:
+        async with two(backend, Chunks()) as (holder, reader):
+            await reader.close()
+            await reader.close()
+            assert await collect(reader.read(holder.address, wants([0], 1), deadline_s=1000)) == {}
+
+    asyncio.run(main())
+
+
+def test_calls_go_through_beside_bulk(backend: str) -> None:
+    async def main() -> None:
+        source = Chunks()
+        source.fill(32, 2 * MIB)
+        async with two(backend, source) as (holder, reader):
+            reading = reader.read(holder.address, wants(range(32), 2 * MIB), deadline_s=LONG_S)
+            read = asyncio.create_task(collect(reading))
+            answered = 0
+            while not read.done():
+                await reader.call(holder.address, b"ping", timeout_s=LONG_S)
+                answered += 1
+            assert len(read.result()) == 32
+            assert answered > 1
+
+    asyncio.run(main())
