@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import pkgutil
 import subprocess
 import sys
 from pathlib import Path
 
-HARNESS = {"__main__", "agents", "figures"}
+FOLDER = Path(__file__).parent
 
 
 def subjects() -> list[str]:
-    """The names of the benchmarks: the modules of this folder, less the harness."""
-    return [found.name for found in pkgutil.iter_modules([str(Path(__file__).parent)]) if found.name not in HARNESS]
+    """The names of the benchmarks: the modules of this folder that can be run, less this one."""
+    runnable = (path.stem for path in FOLDER.glob("*.py") if '__name__ == "__main__"' in path.read_text())
+    return sorted(set(runnable) - {"__main__"})
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
 """How fast an engine stores and reads through its own agent: ``python -m benchmarks.local [--json]``.
 
-Put copies into the arena and takes the checksum; get gives views, and the engine copies from them. The baseline is what an engine could
-not do with less: one copy of the same bytes, chunk by chunk, into memory of its own. The arena is full before the first
-round, so each put also evicts what it replaces.
+Put copies into the arena and takes the checksum; get gives views, and the engine copies from them. The baseline is what
+an engine could not do with less: one copy of the same bytes, chunk by chunk, into memory of its own. The arena is full
+before the first round, so each put also evicts what it replaces.
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ def figures() -> list[Figure]:
         with _Echo() as echo:
             lease_s, echo_s = in_turns(get_leases, echo.round_trips)
         name = f"get of {GET_CHUNKS} chunks, no bytes moved"
-        rows.append(
-            Figure(name, lease_s / GETS * 1e6, "µs", "a round trip on a bare unix socket", echo_s / GETS * 1e6)
-        )
+        rows.append(Figure(name, lease_s / GETS * 1e6, "µs", "a round trip on a bare unix socket", echo_s / GETS * 1e6))
     return rows
 
 

@@ -1,8 +1,9 @@
 """How fast chunks come from another node: ``python -m benchmarks.wire [--json]``.
 
-Two agent processes on loopback; a client of the second one gets what the first one holds, and deletes it again between rounds. The baseline is one raw TCP
-connection between two processes: one sends the same bytes in chunks of the same size, the other does recv_into a buffer that is
-there already. It checks nothing and keeps nothing: the least that moving these bytes costs.
+Two agent processes on loopback; a client of the second one gets what the first one holds, and deletes it again between
+rounds. The baseline is one raw TCP connection between two processes: one sends the same bytes in chunks of the same
+size, the other does recv_into a buffer that is there already. It checks nothing and keeps nothing: the least that
+moving these bytes costs.
 """
 
 from __future__ import annotations

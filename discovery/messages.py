@@ -3,7 +3,7 @@
     request                          answer
     Ping       I am X, at head H     Pong, with members that I know
     Leave      X goes                Done
-    Follow     entries after seq?    Entries | Stale (another epoch, or seq has left the ring) | Busy
+    Follow     entries after seq?    Entries | Stale (another epoch, or seq has left the ring)
     Compare    your fingerprints?    Fingerprints | Stale
     Describe   your namespaces?      Descriptions (a page) | Stale
     Buckets    what do you hold?     Page | Stale | Busy

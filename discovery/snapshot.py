@@ -69,8 +69,10 @@ def described(page: Descriptions, after: bytes) -> list[tuple[bytes, bytes]]:
     """(namespace id, description) of a page that follows the id `after`. Raises `ProtocolError`."""
     blob = page.namespace_ids
     ids = [blob[start : start + NAMESPACE_ID_BYTES] for start in range(0, len(blob), NAMESPACE_ID_BYTES)]
-    if len(blob) % NAMESPACE_ID_BYTES or len(ids) != len(page.texts) or (page.upto and (not ids or page.upto != ids[-1])):
+    if len(blob) % NAMESPACE_ID_BYTES or len(ids) != len(page.texts):
         raise ProtocolError("a page of descriptions is not whole")
+    if page.upto and (not ids or page.upto != ids[-1]):
+        raise ProtocolError("a page does not end with its last description")
     _check_ascending(after, ids)
     return list(zip(ids, page.texts, strict=True))
 

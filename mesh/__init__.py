@@ -7,7 +7,8 @@
     mesh.put(space, {chain[0]: tensor})
     with mesh.get(space, chain, deadline_s=0.5) as hit: ...
 
-Names are loaded when they are first used, so that ``import kvmesh`` and ``kvmesh --help`` stay quick and need neither numpy nor torch.
+Names are loaded when they are first used, so that ``import kvmesh`` and ``kvmesh --help`` stay quick and need neither
+numpy nor torch.
 """
 
 from importlib import import_module

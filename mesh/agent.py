@@ -1,11 +1,12 @@
-"""The agent: one node of the mesh. It owns the arena, keeps the store, serves engines and peers, and tells what it holds.
+"""The agent: one node of the mesh. It owns the arena, keeps the store, serves engines and peers, and tells what it
+holds.
 
     engines ── unix socket ── sessions ──┐
                                          ├── store ── journal ── discovery ── peers' maps
     peers ── transport ── lender ────────┘     └── fetcher ── transport ── peers
 
-Everything runs on one loop, but for the transport's own threads that move bytes. The order of closing is the reverse of opening: first no new client, then leave the
-mesh, then end the fetches, then the transport, then the arena.
+Everything runs on one loop, but for the transport's own threads that move bytes. The order of closing is the reverse of
+opening: first no new client, then leave the mesh, then end the fetches, then the transport, then the arena.
 """
 
 from __future__ import annotations
@@ -122,7 +123,8 @@ class Agent:
 
 
 class Lender:
-    """Lends chunks of the store to the transport, for peers to read. Runs on the loop; loans come back from any thread."""
+    """Lends chunks of the store to the transport, for peers to read. Runs on the loop; loans come back from any
+    thread."""
 
     def __init__(self, store: Store, arena: Arena) -> None:
         self._store = store

@@ -1,7 +1,7 @@
 """The client for asyncio: the same calls as coroutines.
 
-Each call runs in a thread of a small pool, so neither a wait for peers nor a copy into the arena holds up the loop. A hit comes back
-settled: using it does not wait any more.
+Each call runs in a thread of a small pool, so neither a wait for peers nor a copy into the arena holds up the loop. A
+hit comes back settled: using it does not wait any more.
 
     mesh = await kvmesh.aio.connect()
     async with mesh.get(space, chain) as hit: ...

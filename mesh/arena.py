@@ -1,10 +1,12 @@
 """The arena: the node's shared memory, one memfd that the agent and its engines map.
 
-The agent creates it and passes the file descriptor to each client; bytes that an engine writes there are the bytes that the transport sends. The
-memfd is sealed against growing and shrinking, so no process can take the ground from under another's mapping.
+The agent creates it and passes the file descriptor to each client; bytes that an engine writes there are the bytes that
+the transport sends. The memfd is sealed against growing and shrinking, so no process can take the ground from under
+another's mapping.
 
-Clients map it twice: writable, to fill what they reserved, and read-only, for the views that a hit hands out: a chunk is immutable, and
-a stray write to a view must fault in the engine that made it and not change the cache of everyone else.
+Clients map it twice: writable, to fill what they reserved, and read-only, for the views that a hit hands out: a chunk
+is immutable, and a stray write to a view must fault in the engine that made it and not change the cache of everyone
+else.
 
 Owns the mapping. Knows nothing of chunks, and of who may use which bytes.
 """
@@ -42,7 +44,8 @@ class Arena:
 
     @classmethod
     def create(cls, size_bytes: int) -> Arena:
-        """A new arena. Pages cost memory once they are written. Raises `SettingsError` when the kernel has no room for it."""
+        """A new arena. Pages cost memory once they are written. Raises `SettingsError` when the kernel has no room for
+        it."""
         fd = -1
         try:
             fd = os.memfd_create("kvmesh-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
@@ -66,7 +69,7 @@ class Arena:
 
     def view(self, offset: int, size_bytes: int) -> memoryview:
         """The bytes of one extent, without a copy."""
-        assert 0 <= offset and offset + size_bytes <= self.size_bytes
+        assert 0 <= offset <= self.size_bytes - size_bytes
         return self._bytes[offset : offset + size_bytes]
 
     def close(self) -> None:

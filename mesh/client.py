@@ -4,9 +4,9 @@
     mesh.put(space, {key: tensor})
     with mesh.get(space, space.chain(token_ids)) as hit: ...
 
-A `Mesh` may be used from any number of threads. Each call takes a connection of its own from a small pool, so a get that waits for peers never
-holds up another thread's call; a hit keeps its connection until the agent's last report. From asyncio use `kvmesh.aio`.
-Bytes never pass the socket: a put copies into the arena, a get returns views of it.
+A `Mesh` may be used from any number of threads. Each call takes a connection of its own from a small pool, so a get
+that waits for peers never holds up another thread's call; a hit keeps its connection until the agent's last report.
+From asyncio use `kvmesh.aio`. Bytes never pass the socket: a put copies into the arena, a get returns views of it.
 """
 
 from __future__ import annotations
@@ -97,13 +97,14 @@ class Mesh:
     ) -> PutResult:
         """Store chunks in this node; `chunks` maps keys, in the chain's order, to tensors.
 
-        A value is a tensor of the namespace's shape and dtype (on any device), a mapping of its named tensors, or a function
-        that is given the writable view(s) in the arena and fills them; it is called only for chunks that are new.
-        `pin` keeps new chunks until `unpin` or `delete`; after `ttl_s` seconds they expire.
+        A value is a tensor of the namespace's shape and dtype (on any device), a mapping of its named tensors, or a
+        function that is given the writable view(s) in the arena and fills them; it is called only for chunks that are
+        new. `pin` keeps new chunks until `unpin` or `delete`; after `ttl_s` seconds they expire.
 
-        Raises `TensorError` and `ChunkTooLargeError`. What a fill function raises goes to the caller, and that chunk is not stored.
+        Raises `TensorError` and `ChunkTooLargeError`. What a fill function raises goes to the caller, and that chunk is
+        not stored.
         """
-        from kvmesh import tensors  # noqa: PLC0415 - torch is imported only where tensors are
+        from kvmesh import tensors
 
         self._check_size(space)
         for value in chunks.values():
@@ -178,12 +179,14 @@ class Mesh:
         return self._count(lambda id_, keys: protocol.Pin(id_, keys, False), chain)
 
     def delete(self, chain: Sequence[bytes]) -> int:
-        """Remove this node's copies, pinned or not; one that is being read goes after its last reader. Returns how many."""
+        """Remove this node's copies, pinned or not; one that is being read goes after its last reader. Returns how
+        many."""
         return self._count(protocol.Delete, chain)
 
     # --- the cluster -----------------------------------------------------------------------------------------------
     def locate(self, chain: Sequence[bytes]) -> dict[str, Any]:
-        """Who holds the front of `chain`, the longest run first: ``{"chunks", "holders": [{"node", "run_chunks", "tier"}]}``."""
+        """Who holds the front of `chain`, the longest run first: ``{"chunks", "holders": [{"node", "run_chunks",
+        "tier"}]}``."""
         return self._query(queries.Locate(protocol.pack_keys(chain)))
 
     def nodes(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """One connection of a client to its agent: frames in order, one request at a time, and one-way notes from any thread.
 
-Whoever holds a connection sends a request and reads its answers in its own thread: there is no reader thread in between, so an
-answer costs one wake-up. Notes (`Release`) may be sent by any thread at any time, also by a finaliser that the garbage collector runs in
-the middle of a send: they go through a queue that whoever has the socket empties.
+Whoever holds a connection sends a request and reads its answers in its own thread: there is no reader thread in
+between, so an answer costs one wake-up. Notes (`Release`) may be sent by any thread at any time, also by a finaliser
+that the garbage collector runs in the middle of a send: they go through a queue that whoever has the socket empties.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The controller: a process with a map of everyone and no store. It answers *locate*, and shows the nodes and the map.
 
-It is a node like the others, without chunks: it follows every journal and keeps nothing that the nodes do not have. Run none, one or several;
-any of them may die at any moment, and a new one has the whole map as soon as it has read the journals.
+It is a node like the others, without chunks: it follows every journal and keeps nothing that the nodes do not have. Run
+none, one or several; any of them may die at any moment, and a new one has the whole map as soon as it has read the
+journals.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which bytes of the arena are free: best fit with coalescing, over plain numbers.
 
-Chunks of one namespace have one size, so what eviction frees is what the next put takes: best fit finds the exact hole and fragmentation
-stays near zero. Neighbouring holes merge at once, so a larger chunk can follow many small ones.
+Chunks of one namespace have one size, so what eviction frees is what the next put takes: best fit finds the exact hole
+and fragmentation stays near zero. Neighbouring holes merge at once, so a larger chunk can follow many small ones.
 
 Owns nothing but numbers: no memory, no keys. Runs on the agent's loop.
 """
@@ -78,7 +78,8 @@ class Extents:
 
 
 def largest_gap(capacity_bytes: int, taken: list[tuple[int, int]]) -> int:
-    """The largest run of bytes between the extents `taken`, (offset, size) each: what eviction of all others could free."""
+    """The largest run of bytes between the extents `taken`, (offset, size) each: what eviction of all others could
+    free."""
     largest = at = 0
     for offset, size in sorted(taken):
         largest = max(largest, offset - at)

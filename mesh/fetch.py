@@ -1,12 +1,12 @@
 """Fetching: bringing chunks that peers hold into this node's arena, each of them once.
 
-A *flight* is one chunk on its way. Whoever wants the chunk meanwhile joins the flight instead of asking a peer again (single
-flight); at landing each of them gets a lease before anything else can evict the chunk. `missing_run` decides what is worth asking
-for, `best_holder` of whom: the node with the longest run from the first missing chunk, never merely the first one that has something.
+A *flight* is one chunk on its way. Whoever wants the chunk meanwhile joins the flight instead of asking a peer again
+(single flight); at landing each of them gets a lease before anything else can evict the chunk. `best_holder` decides
+whom to ask: the node with the longest run from the first missing chunk, never merely the first that has something.
 
-A fetch never raises for what a peer does: what did not land by the deadline is a miss, and its extent goes back to the store once
-the transport says that nothing can write there any more. An answer "not held" corrects the map at once.
-Runs on the agent's loop; the bytes move in the transport.
+A fetch never raises for what a peer does: what did not land by the deadline is a miss, and its extent goes back to the
+store once the transport says that nothing can write there any more. An answer "not held" corrects the map at once. Runs
+on the agent's loop; the bytes move in the transport.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Fetcher:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    # --- one task: the flights of one chain ----------------------------------------------------------------------------
+    # --- one task: the flights of one chain --------------------------------------------------------------------------
     async def _fly(self, flights: list[Flight], space_id: bytes, chunk_bytes: int, deadline: float) -> None:
         owner = object()  # holds the reservations of this task alone
         self._store.add_owner(owner)
@@ -227,5 +227,3 @@ class Fetcher:
         self._flights.pop(flight.key, None)
         if not flight.done.done():
             flight.done.set_result(fate)
-
-

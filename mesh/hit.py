@@ -1,10 +1,11 @@
 """A hit: the chunks that a get found, as views into the arena, and the leases that keep them there.
 
-The agent reports the chunks of a chain from the front, as they land. A hit reads those reports in the caller's own thread: `for chunk in
-hit` gives each as soon as it is there, `hit.count` waits for the end (bounded by the deadline).
+The agent reports the chunks of a chain from the front, as they land. A hit reads those reports in the caller's own
+thread: `for chunk in hit` gives each as soon as it is there, `hit.count` waits for the end (bounded by the deadline).
 
-A view never outlives its lease: leaving the ``with`` block makes the hit unusable (`LeaseError`) and returns the leases of all chunks that no view
-looks at; the lease of a chunk that some tensor still looks at goes back when the last such tensor is gone. See `kvmesh.tensors`.
+A view never outlives its lease: leaving the ``with`` block makes the hit unusable (`LeaseError`) and returns the leases
+of all chunks that no view looks at; the lease of a chunk that some tensor still looks at goes back when the last such
+tensor is gone. See `kvmesh.tensors`.
 """
 
 from __future__ import annotations
@@ -86,14 +87,15 @@ class Hit:
         return self.count
 
     def __getitem__(self, index: int) -> Views:
-        """The chunk `index` as a read-only zero-copy view: a tensor, or several by name. Writing to it is a segfault."""
+        """The chunk `index` as a read-only zero-copy view: a tensor, or several by name. Writing to it is a
+        segfault."""
         while self._final is None and (index < 0 or index >= len(self._offsets)):
             self._receive()
         if self._closed:
             raise LeaseError("this hit was released: use its chunks inside the `with` block, or copy them there")
         offset = self._offsets[index]
 
-        from kvmesh import tensors  # noqa: PLC0415 - torch is imported only where tensors are
+        from kvmesh import tensors
 
         return tensors.views(self._arena, offset, self.space, self._leases.look_at(offset))
 
@@ -173,7 +175,8 @@ class Hit:
 
 
 class Leases:
-    """Which leases of one hit still have to go back, and which of them a view keeps. Safe in any thread and finaliser."""
+    """Which leases of one hit still have to go back, and which of them a view keeps. Safe in any thread and
+    finaliser."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection

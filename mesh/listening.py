@@ -1,9 +1,8 @@
 """The agent's unix socket: one agent a path, for its own user only.
 
-Two agents never share a path: a lock file beside it is held for as long as the agent lives, and the kernel lets go of it however the agent
-ends. So a socket that a killed agent left behind is simply replaced. The directory is made 0700, the socket 0600; a connection of
-another user is refused by its credentials.
-Runs on the agent's loop.
+Two agents never share a path: a lock file beside it is held for as long as the agent lives, and the kernel lets go of
+it however the agent ends. So a socket that a killed agent left behind is simply replaced. The directory is made 0700,
+the socket 0600; a connection of another user is refused by its credentials. Runs on the agent's loop.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 from kvmesh.sessions import Desk, Session
@@ -35,6 +33,8 @@ class Listener:
         self.path = path
         self._desk = desk
         self._sessions: set[Session] = set()
+        self._empty = asyncio.Event()
+        self._empty.set()
         self._accepting: asyncio.Task[None] | None = None
         _make_directory(path.parent)
         self._lock = _lock(path)
@@ -62,8 +62,7 @@ class Listener:
         self.path.unlink(missing_ok=True)
         for session in list(self._sessions):
             session.close()
-        while self._sessions:
-            await asyncio.sleep(0)  # their connection_lost comes with the loop's next turns
+        await self._empty.wait()  # their connection_lost comes with the loop's next turns
         os.close(self._lock)  # the lock's file stays: removing it would let two agents hold two locks of one name
 
     async def _accept(self) -> None:
@@ -78,10 +77,13 @@ class Listener:
     def _session(self) -> Session:
         session = Session(self._desk, self._gone)
         self._sessions.add(session)
+        self._empty.clear()
         return session
 
     def _gone(self, session: Session) -> None:
         self._sessions.discard(session)
+        if not self._sessions:
+            self._empty.set()
 
 
 def _same_user(connection: socket.socket) -> bool:

@@ -1,7 +1,8 @@
 """What an agent and a controller have in common: a transport, discovery over it, answers to questions, and a life.
 
-A `Node` is one process's place in the mesh. `live` runs it until SIGTERM or SIGINT and then lets it leave: the others hear of it
-at once instead of finding out. Calls from peers are told apart by their first byte: discovery's, or a question.
+A `Node` is one process's place in the mesh. `live` runs it until SIGTERM or SIGINT and then lets it leave: the others
+hear of it at once instead of finding out. Calls from peers are told apart by their first byte: discovery's, or a
+question.
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
 """The language of a client and its agent, over a unix socket on one host.
 
-    client                                   agent
-    Hello(version, …)                   →
-                                        ←    Welcome(node, epoch, arena size, …) with the arena's fd, or Failed; only then:
-    OpenSpace / Reserve / Commit / Get … →
-                                        ←    one answer each, with the request's id (Get: several Progress, the last one final)
-    Abandon / Release                   →    (no answer)
+    client                            agent
+    Hello(version, …)             →
+                                  ←   Welcome(node, epoch, arena size, …) with the arena's fd, or Failed
+    OpenSpace, Reserve, Get, …    →
+                                  ←   one answer each, with the request's id; to Get several Progress, the last one final
+    Abandon, Release              →   (no answer)
 
-A frame is a little-endian uint32 length and one msgpack array: the type's tag, then its fields in order. Bulk bytes never pass here: an
-extent of the arena is named by its offset. Keys travel as one blob of 32 bytes each, checksums as one of 8 bytes each.
+A frame is a little-endian uint32 length and one msgpack array: the type's tag, then its fields in order. Bulk bytes
+never pass here: an extent of the arena is named by its offset. Keys travel as one blob of 32 bytes each, checksums as
+one of 8 bytes each.
 
-Everything that an agent knows of a connection hangs on the connection: closing it, by whatever cause, returns every lease and
-every reservation. Types are closed: an unknown tag, an extension type, or a wrong field is a `ProtocolError`.
+Everything that an agent knows of a connection hangs on the connection: closing it, by whatever cause, returns every
+lease and every reservation. Types are closed: an unknown tag, an extension type, or a wrong field is a `ProtocolError`.
 This module does no I/O.
 """
 
@@ -47,9 +48,10 @@ class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     id: int
 
 
-# --- from the client ---------------------------------------------------------------------------------------------------
+# --- from the client -------------------------------------------------------------------------------------------------
 class Hello(Message, frozen=True, tag="hello"):
-    """The first frame. Its first two fields never change their place, so that any two versions can refuse each other."""
+    """The first frame. Its first two fields never change their place, so that any two versions can refuse each
+    other."""
 
     version: int
     pid: int
@@ -84,7 +86,8 @@ class Abandon(Message, frozen=True, tag="abandon"):
 
 
 class Get(Message, frozen=True, tag="get"):
-    """Lease the chunks of a chain from the front, fetching what peers hold; answered by `Progress`, the last one final."""
+    """Lease the chunks of a chain from the front, fetching what peers hold; answered by `Progress`, the last one
+    final."""
 
     space_id: bytes
     keys: bytes
@@ -124,7 +127,7 @@ class Query(Message, frozen=True, tag="query"):
     body: bytes
 
 
-# --- from the agent ----------------------------------------------------------------------------------------------------
+# --- from the agent --------------------------------------------------------------------------------------------------
 class Welcome(Message, frozen=True, tag="welcome"):
     """The connection stands. The arena's file descriptor comes with this frame."""
 
@@ -295,7 +298,7 @@ def unpack_checksums(blob: bytes, count: int) -> list[int]:
     return [value for (value,) in struct.iter_unpack("<Q", blob)]
 
 
-# --- namespaces as JSON ------------------------------------------------------------------------------------------------
+# --- namespaces as JSON ----------------------------------------------------------------------------------------------
 class _SpaceFields(msgspec.Struct, forbid_unknown_fields=True):
     model: str
     revision: str
@@ -322,5 +325,3 @@ def decode_space(document: bytes) -> Namespace:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise NamespaceError(f"the namespace is not usable: {error}") from None
     return Namespace(**{name: getattr(fields, name) for name in _SpaceFields.__struct_fields__})
-
-

@@ -1,8 +1,9 @@
 """Questions about the cluster, and their answers: what `kvmesh nodes`, `map` and `locate` show.
 
-Agents and controllers answer them alike: an agent on its unix socket, both on the mesh port (a call that begins with `CALL_PREFIX`). A question is a
-tagged msgpack array, an answer a JSON document whose fields programs rely on (design.md, "Public surface"): add fields, rename none.
-An answer shows what this process has seen. It is a hint: only a node says what it holds.
+Agents and controllers answer them alike: an agent on its unix socket, both on the mesh port (a call that begins with
+`CALL_PREFIX`). A question is a tagged msgpack array, an answer a JSON document whose fields programs rely on
+(design.md, "Public surface"): add fields, rename none. An answer shows what this process has seen. It is a hint: only a
+node says what it holds.
 """
 
 from __future__ import annotations
@@ -146,7 +147,8 @@ class Queries:
 
 
 def up_s(member: Member) -> float | None:
-    """How long a member has been up, by its epoch (milliseconds of its wall clock at its start); None when it is not."""
+    """How long a member has been up, by its epoch (milliseconds of its wall clock at its start); None when it is
+    not."""
     if member.state in (MemberState.FAILED, MemberState.LEFT):
         return None
     return round(max(0.0, time.time() - member.epoch / 1000), 1)

@@ -1,10 +1,10 @@
 """One client's connection, on the agent's side: its requests, its leases, its reservations.
 
-A session is the owner of all that its client has in the store. When the connection closes (the client exits, crashes, is killed, or breaks the
-protocol) everything goes back at once: the kernel tells us, no timer does.
+A session is the owner of all that its client has in the store. When the connection closes (the client exits, crashes,
+is killed, or breaks the protocol) everything goes back at once: the kernel tells us, no timer does.
 
-Requests that need no peer are answered where they arrive, without a task. A `Get` that waits for peers is a task of its own, so one slow
-chain never holds up the requests behind it; a connection has at most `CLIENT_REQUESTS_MAX` of them.
+Requests that need no peer are answered where they arrive, without a task. A `Get` that waits for peers is a task of its
+own, so one slow chain never holds up the requests behind it; a connection has at most `CLIENT_REQUESTS_MAX` of them.
 Runs on the agent's loop. It never touches chunk bytes.
 """
 
@@ -302,4 +302,3 @@ class _Get:
     local: dict[bytes, Chunk]
     """Leased at the start, not reported yet."""
     deadline: float
-

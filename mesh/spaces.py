@@ -1,8 +1,9 @@
 """What nodes tell each other of their namespaces, and what they compare.
 
-Two nodes whose namespaces differ in a single field share nothing, and the only sign would be a hit rate of zero. So a node describes its namespaces in
-its journal, and an engine that opens one hears which field keeps it from its peers' chunks.
-The tenant's name is a secret of the hash: peers are told a tag of it that shows no more than whether two are equal.
+Two nodes whose namespaces differ in a single field share nothing, and the only sign would be a hit rate of zero. So a
+node describes its namespaces in its journal, and an engine that opens one hears which field keeps it from its peers'
+chunks. The tenant's name is a secret of the hash: peers are told a tag of it that shows no more than whether two are
+equal.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def describe(space: Namespace) -> dict[str, Any]:
 
 
 def differences(space: Namespace, descriptions: Iterable[bytes]) -> list[str]:
-    """What keeps `space` from chunks that peers hold of the same model and tenant: a sentence a field. Empty when nothing does."""
+    """What keeps `space` from chunks that peers hold of the same model and tenant: a sentence a field. Empty when
+    nothing does."""
     mine = describe(space)
     notes: dict[str, None] = {}
     for description in descriptions:

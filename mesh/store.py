@@ -1,7 +1,7 @@
 """The store: which chunks this node has, where in the arena, and who keeps each from eviction.
 
-A chunk's life: *reserved* (an owner may write the extent; nobody sees it) → *held* (immutable; its checksum known; leased and
-released any number of times) → *evicted*. The rules:
+A chunk's life: *reserved* (an owner may write the extent; nobody sees it) → *held* (immutable; its checksum known;
+leased and released any number of times) → *evicted*. The rules:
 
 | a chunk that is | may be evicted | may be read |
 |---|---|---|
@@ -11,11 +11,11 @@ released any number of times) → *evicted*. The rules:
 | pinned | no, until unpinned or deleted | yes |
 | doomed: deleted or expired while leased | at its last release | only by those who hold a lease |
 
-*Owners* are whatever takes leases and reservations: one connection of a client, one read of a peer. When an owner goes, all
-that it had goes back at once. A reservation that does not fit is refused before anything is evicted for it.
+*Owners* are whatever takes leases and reservations: one connection of a client, one read of a peer. When an owner goes,
+all that it had goes back at once. A reservation that does not fit is refused before anything is evicted for it.
 
-Sans-IO: the time comes in as `now` (monotonic seconds), admissions and evictions go out through the two callbacks. It never touches the bytes.
-Runs on the agent's loop.
+Sans-IO: the time comes in as `now` (monotonic seconds), admissions and evictions go out through the two callbacks. It
+never touches the bytes. Runs on the agent's loop.
 """
 
 from __future__ import annotations
@@ -188,7 +188,8 @@ class Store:
         return chunk
 
     def touch(self, chain: Iterable[bytes]) -> None:
-        """The chunks of `chain` were used. The front becomes the most recent: a chain without its front is worth nothing."""
+        """The chunks of `chain` were used. The front becomes the most recent: a chain without its front is worth
+        nothing."""
         for key in reversed(list(chain)):
             if key in self._chunks:
                 self._chunks.move_to_end(key)
@@ -228,7 +229,8 @@ class Store:
         return True
 
     def delete(self, key: bytes) -> bool:
-        """Remove a held chunk, pinned or not; one that is leased goes at its last release. False when it is not held."""
+        """Remove a held chunk, pinned or not; one that is leased goes at its last release. False when it is not
+        held."""
         chunk = self._chunks.get(key)
         if chunk is not None:
             self._remove(chunk)
@@ -272,7 +274,8 @@ class Store:
         offset = self._extents.allocate(size_bytes)
         if offset is not None:
             return offset
-        # Before the first eviction: could evicting everything that may go make room at all? Else all would go for nothing.
+        # Before the first eviction: could evicting everything that may go make room at all? Else all would go for
+        # nothing.
         taken = [*self._kept.items(), *((r.offset, r.size_bytes) for r in self._reserved.values())]
         if largest_gap(self._extents.capacity_bytes, taken) < aligned(size_bytes):
             return None

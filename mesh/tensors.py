@@ -1,8 +1,9 @@
 """Tensors over the arena: zero-copy views, and the copy that a put makes. The only module of the node that needs torch.
 
-A view keeps a small *keeper* object alive for as long as any tensor, numpy array or slice made from it lives; the keeper's end is how a hit
-learns that the lease behind a view is not needed any more. torch offers no way to invalidate a tensor, so the lease follows the
-last view instead of the view ending with the lease: a view of a chunk that was evicted cannot exist.
+A view keeps a small *keeper* object alive for as long as any tensor, numpy array or slice made from it lives; the
+keeper's end is how a hit learns that the lease behind a view is not needed any more. torch offers no way to invalidate
+a tensor, so the lease follows the last view instead of the view ending with the lease: a view of a chunk that was
+evicted cannot exist.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ Views = torch.Tensor | dict[str, torch.Tensor]
 """A chunk as an engine sees it: one tensor, or several by name."""
 Fill = Callable[[Any], None]
 Value = torch.Tensor | Mapping[str, torch.Tensor] | Fill
-"""What a put takes for one chunk: its tensor, its tensors by name, or a function that fills the views that it is given."""
+"""What a put takes for one chunk: its tensor, its tensors by name, or a function that fills the views that it is
+given."""
 
 
 def views(arena: Arena, offset: int, space: Namespace, on_end: Callable[[], None] | None = None) -> Views:
-    """The tensors of the chunk at `offset`. `on_end` is called, in any thread, when the last thing made from them is gone."""
+    """The tensors of the chunk at `offset`. `on_end` is called, in any thread, when the last thing made from them is
+    gone."""
     keeper = (ctypes.c_char * space.chunk_bytes).from_address(arena.address + offset)
     # The callback holds the arena: while a view lives, so does the mapping under it.
     end = weakref.finalize(keeper, _ended, arena, on_end)

@@ -1,6 +1,7 @@
 """Where a look-at command gets its answers: the local agent, or a controller.
 
-Both answer the same questions with the same documents (`kvmesh.queries`). Synchronous, one question at a time; for short-lived commands.
+Both answer the same questions with the same documents (`kvmesh.queries`). Synchronous, one question at a time; for
+short-lived commands.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -37,7 +37,8 @@ class View(Protocol):
 
 
 def open_view(agent: str | None = None, controller: str | None = None) -> View:
-    """The view of the agent at a socket, or of the controller at ``HOST:PORT``; of neither: the default agent, else controller.
+    """The view of the agent at a socket, or of the controller at ``HOST:PORT``; of neither: the default agent, else
+    controller.
 
     Raises `AgentUnavailableError` when nobody answers.
     """

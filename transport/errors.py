@@ -45,7 +45,8 @@ class LeaseError(CallerError):
 
 
 class UnsupportedModelError(CallerError):
-    """A model's cache is not a function of the tokens alone, or has a form that chunks cannot hold. The message says why."""
+    """A model's cache is not a function of the tokens alone, or has a form that chunks cannot hold. The message says
+    why."""
 
 
 class SettingsError(CallerError):

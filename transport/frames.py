@@ -133,7 +133,8 @@ class Alive(Message, frozen=True, array_like=True, forbid_unknown_fields=True, t
 
 
 ToHolder: TypeAlias = Call | Read | Grant | Cancel
-ToReader: TypeAlias = Answer | Refusal | Bulk | Alive
+ToCaller: TypeAlias = Answer | Refusal | Alive
+ToReader: TypeAlias = Bulk | Refusal | Alive
 Buffer: TypeAlias = bytes | memoryview
 
 
@@ -148,6 +149,7 @@ class _Envelope(msgspec.Struct, frozen=True, array_like=True):
 _encoder = msgspec.msgpack.Encoder()
 _envelope = msgspec.msgpack.Decoder(_Envelope)
 _to_holder = msgspec.msgpack.Decoder(ToHolder)
+_to_caller = msgspec.msgpack.Decoder(ToCaller)
 _to_reader = msgspec.msgpack.Decoder(ToReader)
 _PAYLOAD_BYTES_MAX: Final[dict[type[Message], int]] = {
     Call: MESSAGE_BYTES_MAX,
@@ -171,20 +173,20 @@ def to_holder(parts: Sequence[bytes]) -> tuple[ToHolder, bytes]:
     return message, payload
 
 
-def to_reader(parts: Sequence[bytes]) -> tuple[ToReader, bytes]:
-    """The control message and payload that a holder sent to a reader. Raises `FrameError`, also for bulk."""
-    message = _decode(_to_reader, parts)
+def to_caller(parts: Sequence[bytes]) -> tuple[ToCaller, bytes]:
+    """The message and payload that came back on a control connection. Raises `FrameError`."""
+    message = _decode(_to_caller, parts)
     return message, _payload(message, parts)
 
 
-def to_bulk_reader(parts: Sequence[Buffer]) -> ToReader:
-    """The message that a holder sent on a bulk connection; of `Bulk`, the payload has the size that the items add up to."""
+def to_reader(parts: Sequence[Buffer]) -> ToReader:
+    """The message that came on a bulk connection. A `Bulk` has a payload of the size that its items add up to."""
     message: ToReader = _decode(_to_reader, parts)
     if isinstance(message, Bulk):
         if len(parts) > 2 or sum(item.bytes for item in message.items) != (len(parts[1]) if len(parts) == 2 else 0):
             raise FrameError("the payload is not of the size that the items add up to")
-    elif isinstance(message, Answer) or len(parts) != 1:
-        raise FrameError("a call's message on a bulk connection, or a payload where none belongs")
+    elif len(parts) != 1:
+        raise FrameError(f"{len(parts)} parts for a {type(message).__name__}")
     return message
 
 

@@ -1,16 +1,16 @@
 """What a transport is: the seam between the mesh and whatever moves its bytes.
 
-A *transport* is one node's end. It answers *calls* (small control messages, one request and one reply), serves *reads* (bulk: chunks out
-of this node's arena) and makes both towards other nodes. `kvmesh.transport.memory` and `kvmesh.transport.zmq` have the same behaviour;
-one contract test runs against both (tests/transport/test_contract.py).
+A *transport* is one node's end. It answers *calls* (small control messages, one request and one reply), serves *reads*
+(bulk: chunks out of this node's arena) and makes both towards other nodes. `kvmesh.transport.memory` and
+`kvmesh.transport.zmq` have the same behaviour; one contract test runs against both (tests/transport/test_contract.py).
 
 The rules of a read:
 
-1. Each wanted chunk has exactly one landing, in any order, unless the read ends first (deadline, close, lost peer): what has
-   not landed by then is a miss. A read never raises for what a peer does.
+1. Each wanted chunk has exactly one landing, in any order, unless the read ends first (deadline, close, lost peer):
+   what has not landed by then is a miss. A read never raises for what a peer does.
 2. `Outcome.LANDED` means: all bytes are in `Want.into`, and their checksum equals the one that the holder took at put.
-3. `Want.into` may be written until `Reading.close()` has returned, whatever the outcome. Until then the buffer is quarantined:
-   the caller must not give it to anyone else.
+3. `Want.into` may be written until `Reading.close()` has returned, whatever the outcome. Until then the buffer is
+   quarantined: the caller must not give it to anyone else.
 4. A holder sends no more than the reader's credit allows, so a slow reader costs the holder leases, never memory.
 
 This module knows nothing of sockets, of the arena, or of who holds what.
@@ -43,7 +43,8 @@ class ChunkSource(Protocol):
     """Where a transport finds the chunks that peers read."""
 
     def lend(self, key: bytes) -> Loan | None:
-        """The chunk `key`, kept from eviction until released; None when this node does not hold it. Called on the loop."""
+        """The chunk `key`, kept from eviction until released; None when this node does not hold it. Called on the
+        loop."""
 
 
 CallHandler = Callable[[bytes], Awaitable[bytes]]
@@ -125,7 +126,8 @@ class Transport(Protocol):
     async def call(self, address: str, request: bytes, *, timeout_s: float) -> bytes:
         """Send `request` to the transport at `address` and return its handler's answer.
 
-        Raises `UnreachableError` when there is none within `timeout_s`, `ProtocolError` when the peer refused the request.
+        Raises `UnreachableError` when there is none within `timeout_s`, `ProtocolError` when the peer refused the
+        request.
         """
 
     def read(self, address: str, wants: Sequence[Want], *, deadline_s: float) -> Reading:

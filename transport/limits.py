@@ -77,12 +77,15 @@ HEADER_BYTES_MAX: Final = 4 * KIB
 READ_WINDOW_BYTES_MIN: Final = 64 * KIB
 """The smallest credit that a holder accepts: below it a read would be all headers."""
 FRAMES_PER_WINDOW: Final = 16
-"""A holder's frames are at most this part of the window, so that several are under way at once. 1 MiB frames measured best."""
+"""A holder's frames are at most this part of the window, so that several are under way at once. 1 MiB frames measured
+best."""
 SMALL_CHUNK_BYTES: Final = 128 * KIB
-"""Chunks up to this size are copied, several to a frame: cheaper there than the bookkeeping of a send without a copy."""
+"""Chunks up to this size are copied, several to a frame: cheaper there than the bookkeeping of a send without a
+copy."""
 ITEMS_PER_MESSAGE_MAX: Final = 64
 ITEM_COST_BYTES: Final = 256
-"""What each item of a bulk message costs of the reader's credit beside its bytes, so that tiny chunks are bounded as well."""
+"""What each item of a bulk message costs of the reader's credit beside its bytes, so that tiny chunks are bounded as
+well."""
 WANTS_SERVED_MAX: Final = 1 << 20
 """Chunks still to send in all the reads that one holder serves: 40 MiB of keys and sizes."""
 REFUSAL_CHARS_MAX: Final = 512
@@ -96,9 +99,11 @@ CONNECT_TIMEOUT_S: Final = 3.0
 HANDSHAKE_TIMEOUT_S: Final = 3.0
 HEARTBEAT_INTERVAL_S: Final = 2.0
 HEARTBEAT_TIMEOUT_S: Final = 6.0
-"""A connection whose other end is silent for so long is lost. libzmq's threads answer, so a busy process is not silent."""
+"""A connection whose other end is silent for so long is lost. libzmq's threads answer, so a busy process is not
+silent."""
 SEND_QUEUE_MESSAGES: Final = 1024
-"""Messages that wait to be sent on one connection. A message beyond it is refused, or waits for the reader's next credit."""
+"""Messages that wait to be sent on one connection. A message beyond it is refused, or waits for the reader's next
+credit."""
 RECEIVE_QUEUE_MESSAGES: Final = 64
 """Messages of one connection that were received and not looked at. Beyond it TCP holds the sender back."""
 LOANS_RETURN_S: Final = 5.0
@@ -124,8 +129,8 @@ SNAPSHOTS_AT_ONCE_MAX: Final = 8
 """Followers that one node sends a snapshot to at once."""
 FOLLOWERS_MAX: Final = 1024
 FOLLOWS_HELD_MAX: Final = CALLS_SERVED_MAX // 2
-"""Questions of followers that one node holds open at once. Beyond it a follower is answered at once and asks again later,
-so that pings and snapshots always find a free call."""
+"""Questions of followers that one node holds open at once. Beyond it a follower is answered at once and asks again
+later, so that pings and snapshots always find a free call."""
 FOLLOW_GATHER_S: Final = 0.001
 """How long after a change a node waits, for each question that it holds, before it answers them all: entries gather
 meanwhile, and a busy journal with many followers does not answer each of them for each entry."""

@@ -40,7 +40,7 @@ from .frames import (
     cost,
     encode,
     encode_wanted,
-    to_bulk_reader,
+    to_reader,
 )
 from .interface import Landing, Outcome, Want
 from .limits import MESH_PROTOCOL_VERSION, READ_WINDOW_BYTES, RECEIVE_QUEUE_MESSAGES
@@ -89,6 +89,7 @@ class BulkThread:
         self._lock = threading.Lock()  # a command is either seen by the thread, or refused because it has ended
         self._open = True
         self._stopping = False
+        self._may_go = threading.Event()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._ended = self._loop.create_future()
         self._news: list[Callable[[], None]] = []
@@ -110,7 +111,11 @@ class BulkThread:
         self._tell(lambda: self._end(read, tell_peer=True))
 
     async def stop(self) -> None:
-        """End every read, close the connections and then the sockets' context; returns when the thread has gone."""
+        """End every read, close the connections and then the sockets' context; returns when the thread has gone.
+
+        The loop's sockets must be closed before.
+        """
+        self._may_go.set()
         self._tell(self._stop)
         await asyncio.shield(self._ended)
         self._thread.join()  # it has said its last word: this does not wait
@@ -158,7 +163,8 @@ class BulkThread:
             self._links.close(link)
         os.close(self._wake)
         self._report()
-        self._sockets.close()  # after a failure this waits until the loop has closed its sockets
+        self._may_go.wait()  # after a failure: the loop's sockets still need the context
+        self._sockets.close()
         self._news.append(lambda: self._ended.set_result(None))
         self._report()
 
@@ -230,7 +236,7 @@ class BulkThread:
 
     def _accept(self, link: Link[_Active], parts: list[memoryview]) -> None:
         try:
-            message = to_bulk_reader(parts)
+            message = to_reader(parts)
         except ForeignVersionError:
             self._counters.malformed += 1
             self._close(link)

@@ -15,7 +15,7 @@ import zmq
 
 from .counters import Counters
 from .errors import PeerError, ProtocolError, UnreachableError
-from .frames import Alive, Answer, Call, Cancel, ForeignVersionError, FrameError, Refusal, encode, to_reader
+from .frames import Alive, Answer, Call, Cancel, ForeignVersionError, FrameError, Refusal, encode, to_caller
 from .limits import CALLS_PER_PEER_MAX, LINK_IDLE_S, MESH_PROTOCOL_VERSION, MESSAGE_BYTES_MAX
 from .zmq_sockets import READY_TIMEOUT_S, Sockets, WatchedSocket
 
@@ -123,7 +123,7 @@ class Caller:
 
     def _receive(self, link: _Link, parts: list[bytes]) -> None:
         try:
-            message, payload = to_reader(parts)
+            message, payload = to_caller(parts)
         except ForeignVersionError as error:
             self._counters.malformed += 1
             self._fail(link, error.request_id, ProtocolError(f"cannot talk to {link.address}: {error}"))
@@ -140,8 +140,6 @@ class Caller:
                 self._fail(link, message.id, ProtocolError(f"{link.address} refused: {message.text}"))
             case Alive():
                 pass
-            case _:
-                self._counters.malformed += 1
 
     def _fail(self, link: _Link, call_id: int, error: PeerError) -> None:
         answer = link.pending.pop(call_id, None)

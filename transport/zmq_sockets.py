@@ -67,6 +67,8 @@ class Sockets:
     def listen(self, host: str, port: int) -> tuple[zmq.Socket[bytes], str]:
         """The ROUTER that serves peers, and its address. Raises `SettingsError`."""
         address = _loopback(host)
+        if not 0 <= port < 1 << 16:
+            raise SettingsError(f"cannot listen on port {port}: use one from 1 to 65535, or 0 for any free one")
         router = self._socket(zmq.ROUTER, CONTROL_FRAME_BYTES_MAX)
         router.router_mandatory = True  # a peer that is gone or too slow is an error here, never a silent loss
         router.ipv6 = address.version == 6
@@ -89,7 +91,8 @@ class Sockets:
 
         Raises `UnreachableError` when that is no address.
         """
-        if not re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[^\[\]:/;\s]+):\d{1,5}", address):
+        match = re.fullmatch(r"(?:\[[0-9A-Fa-f:.%]+\]|[^\[\]:/;\s]+):(\d{1,5})", address)
+        if not match or not 0 < int(match[1]) < 1 << 16:
             raise UnreachableError(f"{address!r} is not an address: HOST:PORT is")
         dealer = self._socket(zmq.DEALER, FRAME_BYTES_MAX if bulk else CONTROL_FRAME_BYTES_MAX)
         dealer.ipv6 = address.startswith("[")

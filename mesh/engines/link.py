@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kvmesh.transport.errors import AgentUnavailableError
@@ -44,8 +45,30 @@ class AgentLink:
         self._retry_at = 0.0
         self._reason = ""
 
-    def mesh(self) -> Mesh:
-        """The connection. Raises `AgentUnavailableError`, at once while it is too early to try again."""
+    @contextmanager
+    def use(self) -> Iterator[Mesh]:
+        """The connection, for one exchange with the agent; how that goes decides when the next one is tried.
+
+        Raises `AgentUnavailableError`: at once while it is too early to try again.
+        """
+        mesh = self._connected()
+        try:
+            yield mesh
+        except AgentUnavailableError as error:
+            with self._lock:
+                self._postpone(str(error))
+            raise
+        with self._lock:
+            self._interval_s = ENGINE_RECONNECT_INTERVAL_MIN_S
+
+    def close(self) -> None:
+        """Close the connection that is open, if any. The next use makes a new one."""
+        with self._lock:
+            mesh, self._mesh = self._mesh, None
+        if mesh is not None:
+            mesh.close()
+
+    def _connected(self) -> Mesh:
         with self._lock:
             if self._clock() < self._retry_at:
                 raise AgentUnavailableError(self._reason)
@@ -56,23 +79,6 @@ class AgentLink:
                     self._postpone(str(error))
                     raise
             return self._mesh
-
-    def worked(self) -> None:
-        """The agent answered."""
-        with self._lock:
-            self._interval_s = ENGINE_RECONNECT_INTERVAL_MIN_S
-
-    def failed(self, reason: str) -> None:
-        """The agent did not answer, for `reason`: leave it alone for a while."""
-        with self._lock:
-            self._postpone(reason)
-
-    def close(self) -> None:
-        """Close the connection that is open, if any. The next `mesh()` makes a new one."""
-        with self._lock:
-            mesh, self._mesh = self._mesh, None
-        if mesh is not None:
-            mesh.close()
 
     def _postpone(self, reason: str) -> None:
         self._reason = reason

@@ -38,7 +38,7 @@ from kvmesh.engines.identity import (
 )
 from kvmesh.engines.link import AgentLink, connect_to
 from kvmesh.keys import Namespace
-from kvmesh.transport.errors import AgentUnavailableError, KVMeshError
+from kvmesh.transport.errors import KVMeshError
 from kvmesh.transport.limits import CHUNK_TOKENS_DEFAULT, ENGINE_DEADLINE_MAX_S, ENGINE_DEADLINE_MIN_S
 
 if TYPE_CHECKING:
@@ -213,8 +213,8 @@ class MeshModel:
             return loaded
         buffer: torch.Tensor | None = None
         try:
-            mesh = self._link.mesh()
-            with mesh.get(space, chain, deadline_s=self.deadline_s(len(chain) * space.chunk_tokens)) as hit:
+            deadline_s = self.deadline_s(len(chain) * space.chunk_tokens)
+            with self._link.use() as mesh, mesh.get(space, chain, deadline_s=deadline_s) as hit:
                 for view in hit:
                     assert isinstance(view, torch.Tensor)
                     if buffer is None:
@@ -224,10 +224,9 @@ class MeshModel:
                     loaded.chunks += 1
                     del view  # its lease ends with it
                 loaded.fetched, loaded.bytes_moved = hit.fetched, hit.bytes_moved
-            self._link.worked()
         except KVMeshError as error:
             # What landed before is whole and verified: it is used.
-            self._note(loaded, error)
+            loaded.errors.append(str(error))
         if buffer is not None and loaded.chunks:
             _adopt(loaded.cache, buffer, loaded.chunks * space.chunk_tokens)
         return loaded
@@ -250,17 +249,13 @@ class MeshModel:
 
             return fill
 
+        new = {chain[index]: filler(index) for index in range(loaded.chunks, len(chain))}
         try:
-            new = {chain[index]: filler(index) for index in range(loaded.chunks, len(chain))}
-            return self._link.mesh().put(space, new).stored * space.chunk_tokens
+            with self._link.use() as mesh:
+                return mesh.put(space, new).stored * space.chunk_tokens
         except KVMeshError as error:
-            self._note(loaded, error)
+            loaded.errors.append(str(error))
             return 0
-
-    def _note(self, loaded: _Loaded, error: KVMeshError) -> None:
-        loaded.errors.append(str(error))
-        if isinstance(error, AgentUnavailableError):
-            self._link.failed(str(error))
 
 
 class PrefillRate:

@@ -95,7 +95,7 @@ def test_a_holder_killed_in_mid_read_costs_no_more_than_the_deadline(cluster: Cl
             a.kill()
             count, reason = hit.count, hit.reason
             took_s = time.monotonic() - began
-            assert 3 <= count
+            assert count >= 3
             assert reason in ("miss", "deadline", "complete")
             assert took_s <= deadline_s + 1
             everything = [*first, *landed]

@@ -24,9 +24,12 @@ def key(number: int, first: int = 0) -> bytes:
 
 
 class Pair:
-    """A journal with its publisher, and a follower with its map. Questions wait in `asks` until somebody answers them."""
+    """A journal with its publisher, and a follower with its map. Questions wait in `asks` until somebody answers
+    them."""
 
-    def __init__(self, *, ring_entries: int = 64, batch_entries: int = 16, page_entries: int = 3, entries_max: int = 10**6):
+    def __init__(
+        self, *, ring_entries: int = 64, batch_entries: int = 16, page_entries: int = 3, entries_max: int = 10**6
+    ):
         self.page_entries = page_entries
         self.ring_entries = ring_entries
         self.now = 100.0

@@ -11,9 +11,7 @@ from kvmesh.discovery.packing import ADMIT, DESCRIBE, EVICT, TIER_BITS
 from kvmesh.transport.limits import DESCRIPTION_BYTES_MAX, DESCRIPTIONS_MAX
 from tests.discovery.support import OTHER_SPACE, SIZE, SPACE, key
 
-CHANGES = st.lists(
-    st.tuples(st.booleans(), st.integers(0, 7), st.integers(0, 1), st.sampled_from(TIERS)), max_size=60
-)
+CHANGES = st.lists(st.tuples(st.booleans(), st.integers(0, 7), st.integers(0, 1), st.sampled_from(TIERS)), max_size=60)
 
 
 def test_entries_are_numbered_from_one_and_say_what_changed() -> None:

@@ -36,22 +36,33 @@ class Agent:
         return AgentLink(self.connect, mesh=mesh, clock=lambda: self.now)
 
 
+def use(link: AgentLink) -> Any:
+    with link.use() as mesh:
+        return mesh
+
+
+def fail(link: AgentLink, reason: str) -> None:
+    with pytest.raises(AgentUnavailableError, match=reason), link.use():
+        raise AgentUnavailableError(reason)
+
+
 def test_one_connection_is_made_and_kept() -> None:
     agent = Agent()
     link = agent.link()
-    assert link.mesh() is link.mesh()
+    assert use(link) is use(link)
     assert agent.attempts == 1
 
 
 def test_a_failed_agent_is_left_alone_for_the_interval() -> None:
     agent = Agent()
     link = agent.link()
-    first = link.mesh()
-    link.failed("it went away")
-    with pytest.raises(AgentUnavailableError, match="it went away"):
-        link.mesh()
+    first = use(link)
+    fail(link, "it went away")
+    for _ in range(20):  # asking too early changes nothing
+        with pytest.raises(AgentUnavailableError, match="it went away"):
+            use(link)
     agent.now += ENGINE_RECONNECT_INTERVAL_MIN_S
-    assert link.mesh() is first, "a Mesh connects again by itself"
+    assert use(link) is first, "a Mesh connects again by itself"
 
 
 def test_the_interval_doubles_up_to_its_bound_while_nobody_is_there() -> None:
@@ -61,30 +72,35 @@ def test_the_interval_doubles_up_to_its_bound_while_nobody_is_there() -> None:
     for _ in range(200):
         agent.now += ENGINE_RECONNECT_INTERVAL_MIN_S
         with pytest.raises(AgentUnavailableError, match="nobody there"):
-            link.mesh()
+            use(link)
     assert 5 <= agent.attempts <= 12
     agent.up = True
     agent.now += ENGINE_RECONNECT_INTERVAL_MAX_S
-    link.mesh()
+    use(link)
 
 
 def test_an_agent_that_answers_again_is_trusted_again() -> None:
     agent = Agent()
     link = agent.link()
     for _ in range(10):
-        link.failed("it hangs")
-    agent.now += ENGINE_RECONNECT_INTERVAL_MAX_S
-    link.mesh()
-    link.worked()
-    link.failed("it hangs")
+        fail(link, "it hangs")
+        agent.now += ENGINE_RECONNECT_INTERVAL_MAX_S
+    use(link)
+    fail(link, "it hangs")
     agent.now += ENGINE_RECONNECT_INTERVAL_MIN_S
-    link.mesh()
+    use(link)
+
+
+def test_another_error_is_the_callers_and_postpones_nothing() -> None:
+    link = Agent().link()
+    with pytest.raises(ValueError, match="mine"), link.use():
+        raise ValueError("mine")
+    use(link)
 
 
 def test_closing_the_link_closes_the_connection() -> None:
-    agent = Agent()
-    link = agent.link()
-    first: Any = link.mesh()
+    link = Agent().link()
+    first = use(link)
     link.close()
     assert first.closed
-    assert link.mesh() is not first
+    assert use(link) is not first

@@ -371,7 +371,7 @@ def test_evicted_between_locate_and_read_corrects_the_map(agents: LocalAgents) -
 
 
 def test_a_stalled_holder_costs_the_deadline_and_leaves_nothing_behind(agents: LocalAgents) -> None:
-    a, b = pair(agents)
+    _, b = pair(agents)
     chain = chain_of(SPACE, 3)
     put(agents.mesh("a"), SPACE, chain)
     agents.wait(b, lambda: b.node.discovery.map.has("a", chain[-1]))
@@ -385,7 +385,7 @@ def test_a_stalled_holder_costs_the_deadline_and_leaves_nothing_behind(agents: L
 
 
 def test_a_hit_that_is_left_early_gives_everything_back(agents: LocalAgents) -> None:
-    a, b = pair(agents)
+    _, b = pair(agents)
     chain = chain_of(SPACE, 3)
     put(agents.mesh("a"), SPACE, chain)
     agents.wait(b, lambda: b.node.discovery.map.has("a", chain[-1]))
@@ -536,7 +536,7 @@ def test_a_cancelled_asyncio_get_keeps_no_lease(agents: LocalAgents) -> None:
 
 
 def test_there_is_no_agent(tmp_path: Path) -> None:
-    with pytest.raises(kvmesh.AgentUnavailableError, match="no agent socket at .*start `kvmesh agent`"):
+    with pytest.raises(kvmesh.AgentUnavailableError, match=r"no agent socket at .*start `kvmesh agent`"):
         kvmesh.connect(tmp_path / "nobody.sock")
     (tmp_path / "file").write_text("x")
     with pytest.raises(kvmesh.AgentUnavailableError, match="no agent answers"):

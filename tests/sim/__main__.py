@@ -1,4 +1,5 @@
-"""``python -m tests.sim --seeds 200``: many seeds of the simulator, and a table of what they showed. Exit 1 when one failed."""
+"""``python -m tests.sim --seeds 200``: many seeds of the simulator, and a table of what they showed. Exit 1 when one
+failed."""
 
 from __future__ import annotations
 
@@ -43,8 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def print_table(reports: dict[float, list[Report]]) -> None:
-    head = ("loss", "seeds", "nodes", "virtual_s", "changes", "all_know_p50_s", "all_know_p99_s", "unseen", "false_failures",
-            "messages", "failed")  # fmt: skip
+    head = (
+        "loss", "seeds", "nodes", "virtual_s", "changes", "all_know_p50_s", "all_know_p99_s", "unseen",
+        "false_failures", "messages", "failed",
+    )  # fmt: skip
     rows = [head]
     for loss, found in reports.items():
         if not found:

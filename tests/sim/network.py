@@ -1,7 +1,7 @@
 """A network in virtual time: messages are bytes that get lost, doubled, late, reordered, or cut off in one direction.
 
-A process can crash (what it was sent is lost), or be stopped and continued: then its messages and its timers wait, as in the
-buffers of a real socket. Everything is drawn from one seeded random source.
+A process can crash (what it was sent is lost), or be stopped and continued: then its messages and its timers wait, as
+in the buffers of a real socket. Everything is drawn from one seeded random source.
 """
 
 from __future__ import annotations

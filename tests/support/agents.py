@@ -1,4 +1,5 @@
-"""Agents of this process: real agents, stores and unix sockets, on one loop in a background thread, over a network in memory."""
+"""Agents of this process: real agents, stores and unix sockets, on one loop in a background thread, over a network in
+memory."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from kvmesh.agent import Agent, open_agent
 from kvmesh.client import Mesh, connect
 from kvmesh.settings import AgentSettings
 from kvmesh.transport import CallHandler, ChunkSource, MemoryNetwork, Transport
+from tests.support.waiting import wait_until_async
 
 T = TypeVar("T")
 MIB = 1 << 20
@@ -53,9 +55,7 @@ class LocalAgents:
             socket=self.directory / f"{name}.sock",
         )
 
-        async def open_transport(
-            _host: str, _port: int, source: ChunkSource | None, handler: CallHandler
-        ) -> Transport:
+        async def open_transport(_host: str, _port: int, source: ChunkSource | None, handler: CallHandler) -> Transport:
             return self.network.open(name, source, handler)
 
         async def open_() -> Agent:
@@ -81,14 +81,8 @@ class LocalAgents:
         assert self.run(agent.node.discovery.wait_for(seen, timeout_s=10)), "not seen within 10 s"
 
     def wait_for(self, seen: Callable[[], bool]) -> None:
-        """Until `seen()` holds on the loop: asked once a turn of the loop, at most 10 s."""
-
-        async def wait() -> None:
-            async with asyncio.timeout(10):
-                while not seen():
-                    await asyncio.sleep(0.001)
-
-        self.run(wait())
+        """Until `seen()` holds on the loop, at most 10 s."""
+        self.run(wait_until_async(seen, 10, "it is seen"))
 
     def wait_alive(self, agent: Agent, *names: str) -> None:
         """Until `agent` sees all of `names` alive."""
