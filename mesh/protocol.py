@@ -4,7 +4,7 @@
     Hello(version, …)             →
                                   ←   Welcome(node, epoch, arena size, …) with the arena's fd, or Failed
     OpenSpace, Reserve, Get, …    →
-                                  ←   one answer each, with the request's id; to Get several Progress, the last one final
+                                  ←   one answer each; to Get several Progress, the last one final
     Abandon, Release              →   (no answer)
 
 A frame is a little-endian uint32 length and one msgpack array: the type's tag, then its fields in order. Bulk bytes

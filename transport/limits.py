@@ -127,7 +127,6 @@ FOLLOW_WAIT_S: Final = 1.0
 FOLLOW_TIMEOUT_S: Final = 3.0
 SNAPSHOTS_AT_ONCE_MAX: Final = 8
 """Followers that one node sends a snapshot to at once."""
-FOLLOWERS_MAX: Final = 1024
 FOLLOWS_HELD_MAX: Final = CALLS_SERVED_MAX // 2
 """Questions of followers that one node holds open at once. Beyond it a follower is answered at once and asks again
 later, so that pings and snapshots always find a free call."""

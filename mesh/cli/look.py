@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 WATCH_INTERVAL_S = 1.0
+NAMESPACE_DIGITS = 12
+"""Of a namespace's id, in a table: enough to tell them apart. The JSON document has all 32."""
 Document = Mapping[str, Any]
 
 
@@ -66,7 +68,7 @@ NODE_COLUMNS = (
     Column("up", number=True, wide=True),
     Column("chunks", number=True),
     Column("bytes", number=True),
-    Column("seen", number=True),
+    Column("seen", number=True, wide=True),
     Column("rtt", number=True),
     Column("host", name=True, wide=True),
 )
@@ -159,7 +161,7 @@ def _print_map(document: Document) -> None:
         )
         rows = [
             [
-                space["id"],
+                space["id"][:NAMESPACE_DIGITS],
                 space.get("model") or NOTHING,
                 str(space.get("dtype") or NOTHING),
                 str(space.get("layout") or NOTHING),
@@ -226,5 +228,5 @@ def locate(
         ]
         show(columns, rows)
     else:
-        note(f"no node is known to hold the first of {counted(len(chain), 'chunk')}")
+        note(f"no node is known to hold the first chunk of {len(chain):,}")
     return 0 if holders else 1

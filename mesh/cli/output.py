@@ -18,8 +18,8 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
-WIDE_COLUMNS = 100
-"""From here on a terminal shows the wide columns too."""
+GAP = 2
+"""Between two columns of a table."""
 PIPE_COLUMNS = 4096
 """Into a pipe nothing is folded."""
 
@@ -50,7 +50,7 @@ class Column:
     name: bool = False
     """May be folded when the terminal is narrow; nothing else is."""
     wide: bool = False
-    """Left out of a narrow terminal."""
+    """Left out where the table would be wider than the terminal."""
 
 
 def console() -> Console:
@@ -77,10 +77,8 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], *, columns_w
     from rich.table import Table
     from rich.text import Text
 
-    built = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    shown = [index for index, column in enumerate(columns) if columns_wide >= WIDE_COLUMNS or not column.wide]
-    # A column without a single value would only take the place of one that has some.
-    shown = [index for index in shown if not rows or any(row[index] not in ("", NOTHING) for row in rows)]
+    built = Table(box=None, padding=(0, GAP, 0, 0), pad_edge=False, header_style="bold")
+    shown = _shown(columns, rows, columns_wide)
     for index in shown:
         column = columns[index]
         built.add_column(
@@ -89,6 +87,20 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]], *, columns_w
     for row in rows:
         built.add_row(*(Text(printable(row[index]), style=STYLES.get(row[index], "")) for index in shown))
     return built
+
+
+def _shown(columns: Sequence[Column], rows: Sequence[Sequence[str]], columns_wide: int) -> list[int]:
+    """The columns that a table has at this width: of the wide ones, the last go first."""
+    from rich.cells import cell_len
+
+    # A column without a single value would only take the place of one that has some.
+    shown = [index for index in range(len(columns)) if not rows or any(row[index] not in ("", NOTHING) for row in rows)]
+    widths = [max(map(cell_len, (column.title, *(row[i] for row in rows)))) for i, column in enumerate(columns)]
+    for index in [index for index in reversed(shown) if columns[index].wide]:
+        if sum(widths[i] + GAP for i in shown) - GAP <= columns_wide:
+            break
+        shown.remove(index)
+    return shown
 
 
 NOTHING = "-"

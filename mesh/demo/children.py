@@ -28,6 +28,10 @@ from kvmesh.transport.errors import KVMeshError
 
 END_TIMEOUT_S = 5.0
 LOG_LINES_SHOWN = 12
+_ENVIRONMENT = {"OMP_WAIT_POLICY": "passive"}
+"""What children get beside our environment. By default OpenMP's threads spin while they wait for each other: a little
+quicker on an idle machine, but many times slower on one where something else wants a core. A laptop is the latter.
+"""
 
 
 class DemoError(KVMeshError):
@@ -49,6 +53,7 @@ class Child:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 process_group=0,
+                env=_ENVIRONMENT | os.environ,
             )
         self._reader = threading.Thread(target=self._read, name=f"demo-{name}", daemon=True)
         self._reader.start()

@@ -89,7 +89,7 @@ def test_the_map(cli: Cli):
         out = cli("map", env={"COLUMNS": str(columns)}).out
         assert max(map(len, out.splitlines())) <= columns
         assert out.startswith("12,345 entries on 2 nodes; the map is not complete yet")
-        for text in ("0" * 32, "SmolLM2-135M", "disk", "ram", "1.0 GiB"):
+        for text in ("0" * 12, "SmolLM2-135M", "disk", "ram", "1.0 GiB"):
             assert text in out
     assert "0/2" in out
 
@@ -114,7 +114,7 @@ def test_locate_of_what_nobody_has(cli: Cli):
     cli.answer(FakeView({"locate": {"chunks": 2, "holders": []}}))
     ran = cli("locate", "--key", KEY, "--key", KEY)
     assert (ran.code, ran.out) == (1, "")
-    assert ran.err == "kvmesh: no node is known to hold the first of 2 chunks\n"
+    assert ran.err == "kvmesh: no node is known to hold the first chunk of 2\n"
 
 
 def test_who_is_asked(cli: Cli):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import kvmesh
-from kvmesh.engines.transformers import MeshModel
+from kvmesh.engines.transformers import Generation, MeshModel
 from tests.mesh.engine_support import CHUNK, llama, prompt
 from tests.support.cluster import Cluster
 from tests.support.waiting import wait_until
@@ -64,11 +64,13 @@ def test_a_killed_agent_fails_no_request_and_a_new_one_is_used_again(tmp_path: P
             assert without.mesh_error
             assert torch.equal(without.sequences, plain(tokens))
             cluster.agent("a")
-            again = wait_until(
-                lambda: (result := engine.generate(tokens, max_new_tokens=NEW)).mesh_error is None and result,
-                30.0,
-                "the engine uses the new agent",
-            )
+
+            def served() -> Generation | None:
+                result = engine.generate(tokens, max_new_tokens=NEW)
+                return result if result.mesh_error is None else None
+
+            again = wait_until(served, 30.0, "the engine uses the new agent")
+            assert again is not None
             assert again.tokens_reused == 0, "the new agent has an empty arena"
             assert again.tokens_published == 4 * CHUNK
 
