@@ -26,6 +26,7 @@ from kvmesh.arena import Arena
 from kvmesh.discovery import Journal, MemberState
 from kvmesh.extents import aligned
 from kvmesh.fetch import Fetcher
+from kvmesh.host import host_facts
 from kvmesh.keys import Namespace
 from kvmesh.listening import Listener
 from kvmesh.node import Node, OpenTransport, Ready, epoch_now, live, open_node
@@ -34,6 +35,7 @@ from kvmesh.settings import AgentSettings
 from kvmesh.spaces import describe, differences
 from kvmesh.store import Chunk, Store
 from kvmesh.transport import open_zmq
+from kvmesh.transport.errors import SettingsError
 from kvmesh.transport.limits import EXPIRY_SWEEP_S
 
 TIER = "ram"
@@ -173,6 +175,12 @@ def run(settings: AgentSettings, on_ready: Ready) -> None:
 @contextlib.asynccontextmanager
 async def open_agent(settings: AgentSettings, open_transport: OpenTransport = open_zmq) -> AsyncIterator[Agent]:
     """An agent that runs on this loop until the block ends."""
+    total_bytes = host_facts().memory_total_bytes
+    if settings.memory_bytes > total_bytes:
+        # The kernel would promise it all the same, and end the agent when the promise falls due.
+        raise SettingsError(
+            f"--memory {settings.memory_bytes}: this host has {total_bytes} bytes in all; use a smaller --memory"
+        )
     async with AsyncExitStack() as stack:
         arena = Arena.create(aligned(settings.memory_bytes))
         stack.callback(arena.close)

@@ -80,7 +80,7 @@ class Queries:
     def nodes(self) -> dict[str, Any]:
         """Every member, this process first."""
         held = {node.name: node.totals for node in self._discovery.map.summary().nodes}
-        now = time.monotonic()
+        own, now = self._discovery.identity.name, time.monotonic()
         found = []
         for member in self._discovery.members():
             totals = held.get(member.name)
@@ -94,7 +94,7 @@ class Queries:
                     "seq": member.head.seq if member.head else 0,
                     "chunks": totals.chunks if totals else 0,
                     "bytes": totals.size_bytes if totals else 0,
-                    "rtt_s": member.rtt_s,
+                    "rtt_s": None if member.name == own else member.rtt_s,
                     "head_age_s": round(max(0.0, now - member.last_seen), 3),
                     "up_s": up_s(member),
                     "meta": dict(member.meta),
