@@ -53,7 +53,7 @@ check: $(MADE)/dev $(MADE)/package ## ruff, mypy and the layers
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@echo "==> check: mypy, strict" >&2
-	@$(BIN)/mypy -p kvmesh -p benchmarks -p tests
+	@$(BIN)/mypy -p kvmesh -p benchmarks
 	@! ls examples/*.py >/dev/null 2>&1 || $(BIN)/mypy examples/*.py
 	@echo "==> check: the layers" >&2
 	@$(BIN)/lint-imports

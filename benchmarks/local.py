@@ -52,6 +52,7 @@ def figures() -> list[Figure]:
         def get() -> None:
             with mesh.get(of, held) as hit:
                 for target, view in zip(own, hit, strict=True):
+                    assert isinstance(view, torch.Tensor)
                     target.copy_(view)
 
         def get_leases() -> None:

@@ -1,8 +1,9 @@
 """Puts the pieces of one read together in the buffers that wait for them, and verifies each chunk.
 
-A peer's items are believed only as far as they fit: an index that is wanted and has not ended, pieces in order and without gap, one
-checksum for all pieces of a chunk, no byte beyond the buffer. Anything else is a `FrameError`, and nothing of that item is written.
-The checksum is taken of what stands in the buffer, piece by piece, while the piece is still in the CPU's cache.
+A peer's items are believed only as far as they fit: an index that is wanted and has not ended, pieces in order and
+without gap, one checksum for all pieces of a chunk, no byte beyond the buffer. Anything else is a `FrameError`, and
+nothing of that item is written. The checksum is taken of what stands in the buffer, piece by piece, while the piece
+is still in the CPU's cache.
 
 Sans-IO. Used by one thread at a time; copying and hashing let other threads run.
 """

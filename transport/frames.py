@@ -1,7 +1,7 @@
 """The messages between two nodes as bytes: what may stand on the wire of the `zmq` transport, and what is malformed.
 
-A message is ``[header]`` or ``[header, payload]``. A header is the msgpack of one of the types below: an array of a tag, the protocol's
-version, the request's id, and what else there is. The payload is not parsed by msgpack:
+A message is ``[header]`` or ``[header, payload]``. A header is the msgpack of one of the types below: an array of a
+tag, the protocol's version, the request's id, and what else there is. The payload is not parsed by msgpack:
 
 | message | towards | payload | says |
 |---|---|---|---|
@@ -14,12 +14,13 @@ version, the request's id, and what else there is. The payload is not parsed by 
 | `Bulk` | reader | the items' bytes, one after the other | for each item: a piece of a chunk, or why there is none |
 | `Alive` | reader | none | nothing: the holder asks its socket whether the reader is still there |
 
-Tag, version and id stand first in every version of the protocol, so a message of another version is told from a malformed one and can
-be refused by name (`ForeignVersionError`). Credit: a message costs `cost(items)`, counted alike by both ends.
+Tag, version and id stand first in every version of the protocol, so a message of another version is told from a
+malformed one and can be refused by name (`ForeignVersionError`). Credit: a message costs `cost(items)`, counted alike
+by both ends.
 
-Everything is checked here before it is used: lengths before anything is parsed, types and ranges by msgspec's strict decoder, which
-knows no extension types. What only a read's state can tell (is this index wanted? is it this piece's turn?) is not known here.
-Pure functions, any thread.
+Everything is checked here before it is used: lengths before anything is parsed, types and ranges by msgspec's strict
+decoder, which knows no extension types. What only a read's state can tell (is this index wanted? is it this piece's
+turn?) is not known here. Pure functions, any thread.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The loop's end of a read: landings wait here until the reader of the read takes them. Both backends use it.
 
-A stream ends at its last landing, at its deadline, or when somebody calls `end`, whichever comes first; what landed before
-that is still handed out. Whoever fills the stream hears of its end through `on_end`, exactly once. Runs on the loop.
+A stream ends at its last landing, at its deadline, or when somebody calls `end`, whichever comes first; what landed
+before that is still handed out. Whoever fills the stream hears of its end through `on_end`, exactly once. Runs on the
+loop.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Chunks on loan: taken from the source, and kept until libzmq has done with their bytes.
 
-A frame is sent without a copy, so the chunk must stay as it is until libzmq has written the frame to the connection or dropped it. pyzmq
-keeps a reference to the sent buffer until then, and drops it in a thread of its own (its "gc" thread). So each loan is exported
-through a numpy array that nothing else refers to: when the array dies, no frame is left, and the loan goes back. The array's end
-is only noted in that thread; the loan is released on the loop, where the source lives, a batch at a time.
+A frame is sent without a copy, so the chunk must stay as it is until libzmq has written the frame to the connection
+or dropped it. pyzmq keeps a reference to the sent buffer until then, and drops it in a thread of its own (its "gc"
+thread). So each loan is exported through a numpy array that nothing else refers to: when the array dies, no frame is
+left, and the loan goes back. The array's end is only noted in that thread; the loan is released on the loop, where
+the source lives, a batch at a time.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class LoansOut:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._dead: deque[Loan] = deque()
+        self._noted = False
         self._out = 0
         self._none_out = asyncio.Event()
         self._none_out.set()
@@ -56,12 +58,16 @@ class LoansOut:
     def _note(self, loan: Loan) -> None:
         """The exported array is going. Called in whichever thread dropped it last; does not block."""
         self._dead.append(loan)
+        if self._noted:
+            return  # the release that is due finds this one as well
+        self._noted = True
         try:
             self._loop.call_soon_threadsafe(self._release)
         except RuntimeError:  # the loop is closed: nobody is left to be raced with
-            loan.release()
+            self._release()
 
     def _release(self) -> None:
+        self._noted = False
         while self._dead:
             self._dead.popleft().release()
             self._out -= 1

@@ -1,7 +1,8 @@
 """The transport within one process: a network of names, for tests and simulations of what runs above a transport.
 
-It keeps every rule of interface.py: bytes are copied a frame at a time with a turn of the loop in between, checksums are verified, loans
-are counted, bounds are the same. It adds what a test wants to do to a network, on `MemoryNetwork`:
+It keeps every rule of interface.py: bytes are copied a frame at a time with a turn of the loop in between, checksums
+are verified, loans are counted, bounds are the same. It adds what a test wants to do to a network, on
+`MemoryNetwork`:
 
 | call | as if |
 |---|---|
@@ -9,7 +10,8 @@ are counted, bounds are the same. It adds what a test wants to do to a network, 
 | `stall(name)`, `resume(name)` | SIGSTOP, SIGCONT: nothing is refused and nothing answers |
 | `cut(a, b)`, `heal(a, b)` | a partition: no byte passes between the two, and neither is told |
 
-Given the same calls in the same order, all happens in the same order: there is no clock but the loop's. Runs on one loop.
+Given the same calls in the same order, all happens in the same order: there is no clock but the loop's. Runs on one
+loop.
 """
 
 from __future__ import annotations
@@ -72,7 +74,7 @@ class MemoryNetwork:
         self._wake()
 
     async def reach(self, caller: MemoryTransport, address: str) -> MemoryTransport:
-        """The open transport at `address`, as soon as bytes pass between the two. Raises `UnreachableError` if there is none."""
+        """The transport at `address`, as soon as bytes pass between the two; `UnreachableError` when there is none."""
         while True:
             peer = self._ends.get(address)
             if peer is None:
@@ -104,7 +106,7 @@ class MemoryTransport:
         self._network = network
         self._source = source
         self._handler = handler
-        self._counters = Counters()
+        self.counters = Counters()
         self._closed = False
         self._answering: set[asyncio.Task[bytes | ProtocolError]] = set()
         self._calling: set[asyncio.Task[bytes]] = set()
@@ -154,7 +156,7 @@ class MemoryTransport:
     def answer(self, request: bytes) -> asyncio.Task[bytes | ProtocolError]:
         """Run the handler for a peer. For the other end's use."""
         if len(self._answering) >= CALLS_SERVED_MAX:
-            self._counters.refused += 1
+            self.counters.refused += 1
             raise ProtocolError(f"{self.address} refused: too many calls at once")
         task = asyncio.create_task(self._answer(request))
         self._answering.add(task)
@@ -168,16 +170,16 @@ class MemoryTransport:
             return ProtocolError(f"{self.address} refused: {error}")
         except Exception:
             log.exception("the handler of calls failed")
-            return ProtocolError(f"{self.address} refused: internal error")
-        if len(answer) > MESSAGE_BYTES_MAX:
+        else:
+            if len(answer) <= MESSAGE_BYTES_MAX:
+                return answer
             log.error("an answer of %d bytes is longer than %d", len(answer), MESSAGE_BYTES_MAX)
-            return ProtocolError(f"{self.address} refused: internal error")
-        return answer
+        return ProtocolError(f"{self.address} refused: internal error")
 
     def read(self, address: str, wants: Sequence[Want], *, deadline_s: float) -> MemoryReading:
         """As `Transport.read`."""
         check_wants(wants)
-        reading = MemoryReading(self, self._counters, self._network, address, wants, deadline_s)
+        reading = MemoryReading(self, self._network, address, wants, deadline_s)
         if self._closed:
             reading.lose()
         self._readings.add(reading)
@@ -187,7 +189,7 @@ class MemoryTransport:
     def serve(self, reading: MemoryReading) -> bool:
         """Whether this node takes one more read. For the other end's use."""
         if len(self._served) >= READS_SERVED_MAX:
-            self._counters.refused += 1
+            self.counters.refused += 1
             return False
         self._served.add(reading)
         reading.task.add_done_callback(lambda _: self._served.discard(reading))
@@ -196,17 +198,12 @@ class MemoryTransport:
     def lend(self, key: bytes) -> Loan | None:
         """The chunk, for a reading of the other end."""
         loan = lend(self._source, key)
-        self._counters.not_held += loan is None
+        self.counters.not_held += loan is None
         return loan
-
-    def count_served(self, bytes_: int) -> None:
-        """A chunk has left here."""
-        self._counters.chunks_served += 1
-        self._counters.bytes_served += bytes_
 
     def stats(self) -> TransportStats:
         """As `Transport.stats`."""
-        return total([self._counters])
+        return total([self.counters])
 
     async def close(self) -> None:
         """As `Transport.close`."""
@@ -225,16 +222,10 @@ class MemoryReading:
     """A read under way: one task that copies from the holder's loans."""
 
     def __init__(
-        self,
-        reader: MemoryTransport,
-        counters: Counters,
-        network: MemoryNetwork,
-        address: str,
-        wants: Sequence[Want],
-        deadline_s: float,
+        self, reader: MemoryTransport, network: MemoryNetwork, address: str, wants: Sequence[Want], deadline_s: float
     ) -> None:
         self._reader = reader
-        self._counters = counters
+        self._counters = reader.counters
         self._network = network
         self._address = address
         self._stream = LandingStream(len(wants), deadline_s, self._stop)
@@ -286,7 +277,8 @@ class MemoryReading:
                 await asyncio.sleep(0)
                 await self._network.reach(self._reader, self._address)
             expected = loan.checksum
-            peer.count_served(want.into.nbytes)
+            peer.counters.chunks_served += 1
+            peer.counters.bytes_served += want.into.nbytes
         finally:
             loan.release()
         if checksum(want.into) != expected:

@@ -1,12 +1,13 @@
-"""The transport over ZeroMQ: one TCP port that serves calls and reads, and connections to peers for control and for bulk.
+"""The transport over ZeroMQ: one TCP port that serves peers, and connections to peers for control and for bulk.
 
     this node                                              a peer
     Caller      (loop)    DEALER ── calls, answers ──────── ROUTER  Server   (loop): handler, Lender
     BulkThread  (thread)  DEALER ── reads, credit, bulk ───   "
 
-Control and bulk have connections of their own, so a call never waits behind a chunk. Bytes move in libzmq's threads and in the
-copies of the bulk thread; the loop decides and counts. For now peers are not authenticated (mechanism NULL), so a transport
-listens on loopback only. This module puts the parts together; what each does is in its own file.
+Control and bulk have connections of their own, so a call never waits behind a chunk. Bytes move in libzmq's threads
+and in the copies of the bulk thread; the loop decides and counts. For now peers are not authenticated (mechanism
+NULL), so a transport listens on loopback only. This module puts the parts together; what each does is in its own
+file.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from .counters import Counters, total
 from .interface import CallHandler, ChunkSource, Landing, TransportStats, Want
 from .landings import LandingStream, check_wants
 from .limits import LOANS_RETURN_S
+from .malloc import keep_freed_pages
 from .zmq_bulk import BulkRead, BulkThread
 from .zmq_calls import Caller
 from .zmq_serve import Server
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 
 async def open_zmq(host: str, port: int, source: ChunkSource | None, handler: CallHandler) -> ZmqTransport:
     """A transport that listens on `port` of `host` (0: any free port). Raises `SettingsError` when it cannot."""
+    keep_freed_pages()
     return ZmqTransport(host, port, source, handler)
 
 

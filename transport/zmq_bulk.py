@@ -1,12 +1,14 @@
-"""The thread that receives bulk: it owns the bulk connections to peers, copies what comes to where it belongs, and grants credit.
+"""The thread that receives bulk: it copies what comes from peers to where it belongs, and grants credit.
 
-The loop tells it what to do through `start`, `cancel` and `stop`: commands in a queue, and an eventfd that wakes the thread out of its
-poll. The thread tells the loop what happened in batches, through `call_soon_threadsafe`. Nothing else is shared, except the buffers:
+The loop tells it what to do through `start`, `cancel` and `stop`: commands in a queue, and an eventfd that wakes the
+thread out of its poll. The thread tells the loop what happened in batches, through `call_soon_threadsafe`. Nothing
+else is shared, except the buffers:
 
     the thread may write to a read's buffers from `start` until it has said "ended": by itself (the last chunk, a lost
     connection, a malformed message), or in answer to `cancel`. Frames that come later find no read, and are dropped.
 
-A lost connection ends its reads. Which connections there are is `Links`' business, and what fits together the `Assembly`'s.
+A lost connection ends its reads. Which connections there are is `Links`' business, and what fits together the
+`Assembly`'s.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The caller's end of calls over ZeroMQ: one control connection a peer, on which any number of calls wait side by side.
 
-A connection is opened by the first call and closed when idle. When it is lost (refused, reset, silent for too long) every call
-on it ends at once with `UnreachableError`. Knows nothing of what the calls say. Runs on the loop.
+A connection is opened by the first call and closed when idle. When it is lost (refused, reset, silent for too long)
+every call on it ends at once with `UnreachableError`. Knows nothing of what the calls say. Runs on the loop.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """The holder's end of reads: what to send next, to whom, and when to give up on a reader.
 
-Each served read has a list of wanted chunks, a place in it, and credit. A *turn* of a read sends one message: one piece of a large
-chunk, straight from the arena, or several small chunks copied into one frame. Reads that have work and credit take turns, so
-many readers share the node evenly whatever each of them asks for. A chunk is leased when its first piece is sent, and given
-back when libzmq is done with the last one (loans.py): credit therefore bounds what a reader keeps from eviction.
+Each served read has a list of wanted chunks, a place in it, and credit. A *turn* of a read sends one message: one
+piece of a large chunk, straight from the arena, or several small chunks copied into one frame. Reads that have work
+and credit take turns, so many readers share the node evenly whatever each of them asks for. A chunk is leased when
+its first piece is sent, and given back when libzmq is done with the last one (loans.py): credit therefore bounds what
+a reader keeps from eviction.
 
-A read ends when all is sent, when the reader cancels it or is gone, or when it has had work and no credit for too long.
-Knows nothing of sockets: `send` takes (reader, message), and raises `zmq.Again` for "not now" and `zmq.ZMQError` for "gone". Runs on the loop.
+A read ends when all is sent, when the reader cancels it or is gone, or when it has had work and no credit for too
+long. Knows nothing of sockets: `send` takes (reader, message), and raises `zmq.Again` for "not now" and
+`zmq.ZMQError` for "gone". Runs on the loop.
 """
 
 from __future__ import annotations
@@ -157,7 +159,7 @@ class Lender:
             self.end(*key)
 
     def sweep(self, idle_s: float = SERVED_READ_IDLE_S) -> None:
-        """End the reads that wait for credit for longer than `idle_s`; let those try again that the socket had no room for."""
+        """End the reads that wait for credit for longer than `idle_s`; let those try again that met a full socket."""
         now = self._loop.time()
         for read in list(self._reads.values()):
             if now - read.active_s >= idle_s and not read.waiting:

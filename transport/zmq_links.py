@@ -1,6 +1,7 @@
 """The bulk connections of one node to its peers: which one a read takes, when one is lost, when one is idle.
 
-A peer has at most `BULK_LINKS_PER_PEER_MAX` of them; a read goes to the one with the fewest reads. Used by the bulk thread alone.
+A peer has at most `BULK_LINKS_PER_PEER_MAX` of them; a read goes to the one with the fewest reads. Used by the bulk
+thread alone.
 """
 
 from __future__ import annotations

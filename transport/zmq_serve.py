@@ -1,9 +1,10 @@
 """The serving end over ZeroMQ: the ROUTER at the node's port, on which peers call and read.
 
-It takes each message apart, counts and drops what is malformed, runs the handler of calls (a bounded number of tasks), and hands reads to
-the `Lender`. A reader or caller is known by its connection (the identity that the ROUTER gives it), so nobody can act on another's
-requests. A ROUTER does not say which connection went away, only that one did: then everyone who has something open here is
-sent an `Alive`, and the send itself fails for those who are gone. Runs on the loop.
+It takes each message apart, counts and drops what is malformed, runs the handler of calls (a bounded number of
+tasks), and hands reads to the `Lender`. A reader or caller is known by its connection (the identity that the ROUTER
+gives it), so nobody can act on another's requests. A ROUTER does not say which connection went away, only that one
+did: then everyone who has something open here is sent an `Alive`, and the send itself fails for those who are gone.
+Runs on the loop.
 """
 
 from __future__ import annotations

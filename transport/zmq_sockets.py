@@ -1,13 +1,16 @@
-"""ZeroMQ sockets as the `zmq` transport wants them: every option, its reason, and a socket that runs on the asyncio loop.
+"""ZeroMQ sockets as the `zmq` transport wants them: every option with its reason, and sockets on the asyncio loop.
 
-Options that all sockets share: bounded queues (`SNDHWM`, `RCVHWM`), no lingering, a bound on a frame's size, heartbeats by libzmq's
-threads, TCP keepalive, a bound on the handshake. `TCP_MAXRT` ends a connection whose other end takes no byte for `SERVED_READ_IDLE_S`:
-heartbeats alone do not see a peer that talks and never reads, and its unsent frames hold loans.
+Options that all sockets share: bounded queues (`SNDHWM`, `RCVHWM`), no lingering, a bound on a frame's size,
+heartbeats by libzmq's threads, TCP keepalive, a bound on the handshake. `TCP_MAXRT` ends a connection whose other end
+takes no byte for `SERVED_READ_IDLE_S`: heartbeats alone do not see a peer that talks and never reads, and its unsent
+frames hold loans.
 
-libzmq never reconnects here (`RECONNECT_IVL` -1). A lost connection ends what hangs on it at once, and the next call or read opens a
-new one: so a refused connection is an answer rather than a silence, and there is no backoff to bound. `Monitor` tells of both.
+libzmq never reconnects here (`RECONNECT_IVL` -1). A lost connection ends what hangs on it at once, and the next call
+or read opens a new one: so a refused connection is an answer rather than a silence, and there is no backoff to bound.
+The socket's monitor tells of both.
 
-Only `Sockets` makes sockets. A socket belongs to the thread that uses it; `Sockets` itself may be used by the loop and the bulk thread.
+Only `Sockets` makes sockets. A socket belongs to the thread that uses it; `Sockets` itself may be used by the loop
+and the bulk thread.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from .limits import (
 )
 
 CONTROL_FRAME_BYTES_MAX: Final = MESSAGE_BYTES_MAX + 64 * KIB
-"""Somewhat more than the bound on a message: one just over it is counted, one far over it costs the peer its connection."""
+"""Somewhat more than a message may have: one just over the bound is counted, one far over it costs the connection."""
 SOCKETS_PER_PEER: Final = 8
 """Control and bulk, each with the two ends of its monitor."""
 MESSAGES_PER_TURN: Final = 64
@@ -123,7 +126,7 @@ class Sockets:
         return socket
 
     def close(self) -> None:
-        """End libzmq's threads. Every socket must be closed before; blocks for the milliseconds that the threads take."""
+        """End libzmq's threads. Every socket must be closed before; blocks for the milliseconds that this takes."""
         self._context.term()
 
 
@@ -141,7 +144,7 @@ class LoopSocket:
         self._drain_soon()
 
     def send(self, parts: Sequence[Buffer], *, copy: bool = True) -> None:
-        """Queue one message. Raises `zmq.Again` when the queue is full, `zmq.ZMQError` (EHOSTUNREACH) when the peer is gone."""
+        """Queue one message. Raises `zmq.Again` when the queue is full, another `ZMQError` when the peer is gone."""
         try:
             self._socket.send_multipart(parts, zmq.NOBLOCK, copy=copy)
         finally:

@@ -118,8 +118,8 @@ five weeks. If the weather stops it for more than three days, the harbour master
 door of the mill.
 """
 
-QUESTION_FIRST: Final = "Who built the tide mill, and in which year?"
-QUESTION_OTHER_NODE: Final = "How did Agnes Pell keep the mill alive after the railway came?"
-QUESTION_AGAIN: Final = "What did Tobias Wren do on the night of the great flood?"
-QUESTION_AFTER: Final = "Why does the miller still read the water by hand?"
+QUESTION_FIRST: Final = "Summarize the history of the mill in one sentence."
+QUESTION_OTHER_NODE: Final = "Why are the gears made of apple wood?"
+QUESTION_AGAIN: Final = "What did Ines Calder do?"
+QUESTION_AFTER: Final = "What is the mill used for today?"
 QUESTION_NOTICE: Final = "From where does the ferry to the islands leave?"

@@ -50,7 +50,7 @@ def run(*, json: bool, model: str | None) -> int:
         return stopped.exit_code
     if json:
         _print_json(figures)
-    return 0 if figures["answers_equal"] and figures["survived_kill"] else 1
+    return 0 if figures["answers_equal"] and figures["survived_kill"] and not figures["mesh_errors"] else 1
 
 
 def _show(children: Children, account: Account, given: Path | None) -> dict[str, Any]:
@@ -67,6 +67,8 @@ def _show(children: Children, account: Account, given: Path | None) -> dict[str,
     account.say(
         f"{name} runs on nodes A and B; agents on A, B and C; one controller. All are processes on this machine."
     )
+    if given is None:
+        account.say("So small a model writes fluently and errs often. What counts is that both nodes say the same.")
     with open_view(controller=cluster.controller_address) as view:
         story = Story(cluster, view, account, name)
         story.tell()

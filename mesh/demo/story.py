@@ -12,7 +12,6 @@ from typing import Any
 
 from kvmesh.demo import document as texts
 from kvmesh.demo.account import Account, seconds, size_of
-from kvmesh.demo.children import DemoError
 from kvmesh.demo.cluster import CHUNK_TOKENS, Cluster, wait_for
 from kvmesh.view import View
 
@@ -29,7 +28,7 @@ class Story:
         self._view = view
         self._account = account
         self._started = time.monotonic()
-        self.figures: dict[str, Any] = {"model": model}
+        self.figures: dict[str, Any] = {"model": model, "mesh_errors": []}
 
     def tell(self) -> None:
         """All chapters."""
@@ -118,9 +117,10 @@ class Story:
         self._account.question(question)
         with self._account.bar(f"node {node}") as on_step:
             answer = self._cluster.ask(node, document, question, mesh=mesh, new_tokens=NEW_TOKENS, on_step=on_step)
-        if answer["mesh_error"]:
-            raise DemoError(f"node {node} had to do without the mesh: {answer['mesh_error']}")
         self._account.answer(answer, facts_of(answer))
+        if answer["mesh_error"]:
+            self._account.note(f"node {node} had to do without the mesh: {answer['mesh_error']}", "yellow")
+            self.figures["mesh_errors"].append(answer["mesh_error"])
         return answer
 
     def _held_by(self, node: str) -> int:

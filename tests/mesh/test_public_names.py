@@ -45,6 +45,6 @@ def test_the_public_names() -> None:
     ],
 )
 def test_what_an_import_does_not_bring(module: str, absent: list[str]) -> None:
-    check = f"import sys, {module}; sys.exit(' '.join(n for n in {absent!r} if n in sys.modules))"
+    check = f"import sys, {module}; sys.exit(' '.join(n for n in {absent!r} if n in sys.modules) or None)"
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"import {module} brought {result.stderr}"

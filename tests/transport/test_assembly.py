@@ -26,7 +26,6 @@ def test_pieces_of_two_chunks_in_turn() -> None:
     assert assembly.accept(*piece(0, 0, 30)) == []
     assert assembly.accept(*piece(1, 0, 99)) == []
     assert assembly.accept(*piece(0, 30, 100)) == [Landing(0, Outcome.LANDED, SUM)]
-    assert not assembly.complete
     assert assembly.accept(*piece(1, 99, 100)) == [Landing(1, Outcome.LANDED, SUM)]
     assert assembly.complete
     assert wanted[0].into == wanted[1].into == CONTENT

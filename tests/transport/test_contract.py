@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
 
 import pytest
 
@@ -13,8 +12,6 @@ from kvmesh.transport.interface import Landing, Outcome, Want
 from kvmesh.transport.limits import CHAIN_CHUNKS_MAX, KIB, MESSAGE_BYTES_MAX, MIB
 from tests.support.waiting import wait_until_async
 from tests.transport.ends import BACKENDS, LONG_S, Chunks, Ends, collect, key, outcomes, pattern, two, wants
-
-Test = Callable[[str], Awaitable[None]]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -310,7 +307,7 @@ def test_after_close_no_buffer_changes(backend: str) -> None:
         async with two(backend, source) as (holder, reader):
             wanted = wants(range(count), size)
             reading = reader.read(holder.address, wanted, deadline_s=LONG_S)
-            await anext(reading)  # type: ignore[call-overload] - a Reading has what anext needs
+            await reading.__anext__()
             await reading.close()
             after = [bytes(want.into) for want in wanted]
             with pytest.raises(StopAsyncIteration):

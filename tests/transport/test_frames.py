@@ -24,14 +24,15 @@ from kvmesh.transport.frames import (
     Read,
     Refusal,
     encode,
-    to_reader,
-    to_holder,
     to_caller,
+    to_holder,
+    to_reader,
 )
 from kvmesh.transport.limits import (
     CHAIN_CHUNKS_MAX,
     CHUNK_BYTES_MAX,
     HEADER_BYTES_MAX,
+    ITEM_COST_BYTES,
     ITEMS_PER_MESSAGE_MAX,
     MESH_PROTOCOL_VERSION,
     MESSAGE_BYTES_MAX,
@@ -71,7 +72,7 @@ def test_the_largest_bulk_header_fits() -> None:
     assert len(encode(message)) <= HEADER_BYTES_MAX
     small = Bulk(V, 1, [Item(0, 0, 7, 0, 3), Item(1, 1, 0, 0, 0), Item(2, 0, 9, 0, 2)])
     assert to_reader([encode(small), memoryview(b"abcde")]) == small
-    assert frames.cost(small.items) == 5 + 3 * frames.ITEM_COST_BYTES
+    assert frames.cost(small.items) == 5 + 3 * ITEM_COST_BYTES
 
 
 def test_the_list_of_wanted_chunks() -> None:

@@ -1,0 +1,84 @@
+"""Peers of the ZeroMQ transport that say whatever a test wants."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+import zmq
+import zmq.asyncio
+
+from kvmesh.transport.frames import (
+    Alive,
+    Message,
+    encode,
+)
+from kvmesh.transport.limits import (
+    MESH_PROTOCOL_VERSION,
+)
+from kvmesh.transport.zmq import ZmqTransport, open_zmq
+from tests.transport.ends import LONG_S, Chunks, echo
+
+V = MESH_PROTOCOL_VERSION
+Reply = Callable[[list[bytes]], list[list[bytes]]]
+
+
+@contextlib.asynccontextmanager
+async def transport(source: Chunks | None = None) -> AsyncIterator[ZmqTransport]:
+    opened = await open_zmq("127.0.0.1", 0, source, echo)
+    try:
+        yield opened
+    finally:
+        await opened.close()
+    assert source is None or source.out == 0
+
+
+class Stranger:
+    """A socket that speaks ZeroMQ and says what a test wants."""
+
+    def __init__(self, kind: int, address: str = "") -> None:
+        self.context = zmq.asyncio.Context()
+        self.socket = self.context.socket(kind)
+        self.socket.linger = 0
+        if address:
+            self.socket.connect(f"tcp://{address}")
+        else:
+            self.address = f"127.0.0.1:{self.socket.bind_to_random_port('tcp://127.0.0.1')}"
+
+    async def say(self, *parts: bytes | Message) -> None:
+        await self.socket.send_multipart([encode(part) if isinstance(part, Message) else part for part in parts])
+
+    async def hear(self) -> list[bytes]:
+        async with asyncio.timeout(LONG_S):
+            while True:
+                parts: list[bytes] = await self.socket.recv_multipart()
+                if parts != [encode(Alive(V, 0))]:
+                    return parts
+
+    def __enter__(self) -> Stranger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+        self.context.term()
+
+
+@contextlib.asynccontextmanager
+async def peer(reply: Reply) -> AsyncIterator[str]:
+    """The address of a peer that answers each message with what `reply` makes of it."""
+
+    async def serve(stranger: Stranger) -> None:
+        while True:
+            identity, *parts = await stranger.socket.recv_multipart()
+            for answer in reply(parts):
+                await stranger.socket.send_multipart([identity, *answer])
+
+    with Stranger(zmq.ROUTER) as stranger:
+        task = asyncio.create_task(serve(stranger))
+        try:
+            yield stranger.address
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
