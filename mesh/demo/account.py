@@ -7,10 +7,11 @@ appear. rich refreshes bars from a thread of its own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -18,6 +19,32 @@ from rich.text import Text
 
 INDENT = 2
 BAR_CELLS = 40
+
+
+class UnderWay:
+    """A bar, and later perhaps the text that grows, in the place where the result will stand."""
+
+    def __init__(self, console: Console, what: str, live: Live | None) -> None:
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(BAR_CELLS // 2, complete_style="cyan", finished_style="cyan", pulse_style="cyan"),
+            TimeElapsedColumn(),
+        )
+        self._room = console.width - BAR_CELLS // 2 - 16
+        self._live = live
+        self._progress = Progress(*columns, console=console)
+        self._task = self._progress.add_task(_cut(what, self._room), total=None)
+        if live is not None:
+            live.update(self._progress)
+
+    def step(self, done: int, of: int, what: str) -> None:
+        """`done` of `of` steps are done; `what` is being done."""
+        self._progress.update(self._task, completed=done, total=of, description=_cut(what, self._room))
+
+    def text(self, text: str) -> None:
+        """The answer so far."""
+        if self._live is not None:
+            self._live.update(_answer(text))
 
 
 class Account:
@@ -40,18 +67,13 @@ class Account:
         self.console.print(Padding(Text(text, style), (0, 0, 0, INDENT)))
 
     @contextlib.contextmanager
-    def bar(self, what: str) -> Iterator[Callable[[int, int, str], None]]:
-        """A bar for what takes long; call the value with (done, of, what is being done)."""
-        columns = (TextColumn("  {task.description}"), BarColumn(BAR_CELLS // 2), TimeElapsedColumn())
-        live = self.console.is_terminal
-        with Progress(*columns, console=self.console, transient=True, disable=not live) as progress:
-            task = progress.add_task(what, total=None)
-
-            def update(done: int, of: int, now: str) -> None:
-                room = self.console.width - BAR_CELLS // 2 - 16
-                progress.update(task, completed=done, total=of, description=_cut(now, room))
-
-            yield update
+    def under_way(self, what: str) -> Iterator[UnderWay]:
+        """What takes long: tell the value how far it is."""
+        if not self.console.is_terminal:
+            yield UnderWay(self.console, what, None)
+            return
+        with Live(console=self.console, transient=True, refresh_per_second=10) as live:
+            yield UnderWay(self.console, what, live)
 
     def question(self, text: str) -> None:
         """What is asked."""
@@ -59,7 +81,7 @@ class Account:
 
     def answer(self, answer: Mapping[str, Any], facts: str) -> None:
         """What the model said, and how it went."""
-        self.console.print(Padding(Text.assemble(("A ", "dim"), answer["text"]), (0, 0, 0, INDENT)))
+        self.console.print(_answer(answer["text"]))
         first = f"first token after {seconds(answer['ttft_s'])}"
         self.console.print(Padding(Text.assemble((first, "bold cyan"), (f"   {facts}", "cyan")), (0, 0, 0, INDENT)))
 
@@ -97,6 +119,10 @@ class Account:
         """Whether something is as it should be."""
         mark = ("yes  ", "bold green") if good else ("NO   ", "bold red")
         self.console.print(Padding(Text.assemble(mark, text), (0, 0, 0, INDENT)))
+
+
+def _answer(text: str) -> Padding:
+    return Padding(Text.assemble(("A ", "dim"), text), (0, 0, 0, INDENT))
 
 
 def seconds(value: float) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kvmesh.demo.account import UnderWay
 from kvmesh.demo.children import Child, Children, DemoError
 
 CHUNK_TOKENS = 128
@@ -20,7 +21,6 @@ LOAD_SILENCE_S = 300.0
 ANSWER_SILENCE_S = 300.0
 """The longest time between two events of an engine: a prefill on a slow machine tells each layer."""
 POLL_S = 0.05
-Follow = Callable[[int, int, str], None]
 
 
 class Cluster:
@@ -32,7 +32,7 @@ class Cluster:
         self.agents: dict[str, Child] = {}
         self.engines: dict[str, Child] = {}
 
-    def start(self, model: Path, name: str, on_step: Follow) -> None:
+    def start(self, model: Path, name: str, under_way: UnderWay) -> None:
         """Start everything, and wait until everything is ready."""
         controller = self._start("controller", "--name", "controller")
         for node in ("A", "B"):
@@ -51,14 +51,14 @@ class Cluster:
             self.agents[node] = self._start("agent", "--name", node, *place)
         for agent in self.agents.values():
             agent.expect(READY_S)
-        self._load(on_step)
+        self._load(under_way)
 
     def socket(self, node: str) -> Path:
         """Where the agent of `node` listens."""
         return self._children.folder / f"{node}.sock"
 
     def ask(
-        self, node: str, document: str, question: str, *, mesh: bool, new_tokens: int, on_step: Follow
+        self, node: str, document: str, question: str, *, mesh: bool, new_tokens: int, under_way: UnderWay
     ) -> dict[str, Any]:
         """Ask the engine of `node`, and return its answer event."""
         engine = self.engines[node]
@@ -68,11 +68,11 @@ class Cluster:
             if event["event"] == "answer":
                 return event
             if event["event"] == "layer":
-                on_step(
+                under_way.step(
                     event["done"], event["of"], f"node {node} reads the prompt: layer {event['done']} of {event['of']}"
                 )
             else:
-                on_step(1, 1, event["text"])
+                under_way.text(event["text"])
 
     def prefetch(self, node: str, document: str, question: str, *, by: str) -> int:
         """Ask the agent of `node`, from the engine of `by`, to fetch a prompt's chunks. Returns how many it will."""
@@ -90,7 +90,7 @@ class Cluster:
         name = f"agent {flags[1]}" if role == "agent" else role
         return self._children.start(name, "-m", "kvmesh.cli", role, "--json", "--mesh-port", "0", *flags)
 
-    def _load(self, on_step: Follow) -> None:
+    def _load(self, under_way: UnderWay) -> None:
         """Follow both engines until they are ready."""
         done = dict.fromkeys(self.engines, 0)
         steps = 1
@@ -103,7 +103,7 @@ class Cluster:
                 heard = time.monotonic()
                 steps = event.get("of", steps)
                 done[node] = steps if event["event"] == "ready" else event["done"]
-                on_step(sum(done.values()), steps * len(done), f"engine {node}: {event.get('what', 'ready')}")
+                under_way.step(sum(done.values()), steps * len(done), f"engine {node}: {event.get('what', 'ready')}")
             if time.monotonic() - heard > LOAD_SILENCE_S:
                 raise DemoError(f"the engines did not load their model within {LOAD_SILENCE_S:g} s")
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from kvmesh.demo.account import Account, seconds
 from kvmesh.demo.children import Children
 from kvmesh.demo.cluster import Cluster
-from kvmesh.demo.model import NAME, check_packages, converted_model, given_model
+from kvmesh.demo.model import NAME, check_packages, convert_model, given_model, kept_model
 from kvmesh.demo.story import Story
 from kvmesh.view import open_view
 
@@ -55,15 +55,14 @@ def run(*, json: bool, model: str | None) -> int:
 
 def _show(children: Children, account: Account, given: Path | None) -> dict[str, Any]:
     account.say("kvmesh demo: two nodes share the KV cache of a language model", "bold")
-    if given is None:
-        with account.bar("converting the model") as on_step:
-            folder = converted_model(children, lambda done, of, what: on_step(done, of, f"converting, once: {what}"))
-    else:
-        folder = given
+    folder = given or kept_model()
+    if folder is None:
+        with account.under_way("converting the model") as under_way:
+            folder = convert_model(children, lambda *step: under_way.step(step[0], step[1], f"once: {step[2]}"))
     name = NAME if given is None else folder.name
     cluster = Cluster(children)
-    with account.bar("starting the processes") as on_step:
-        cluster.start(folder, name, on_step)
+    with account.under_way("starting the processes") as under_way:
+        cluster.start(folder, name, under_way)
     account.say(
         f"{name} runs on nodes A and B; agents on A, B and C; one controller. All are processes on this machine."
     )

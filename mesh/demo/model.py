@@ -59,19 +59,18 @@ def find_gguf() -> Path:
     )
 
 
-def converted_model(children: Children, on_step: Callable[[int, int, str], None]) -> Path:
-    """The folder of the converted model, made now if it is not there yet; `on_step(done, of, what)` follows that.
+def kept_model() -> Path | None:
+    """The folder of the converted model, if it is there. Raises `SettingsError` when the package is not installed."""
+    find_gguf()
+    return target if (target := _target()).is_dir() else None
+
+
+def convert_model(children: Children, on_step: Callable[[int, int, str], None]) -> Path:
+    """Convert the model and return its folder; `on_step(done, of, what)` follows that.
 
     Raises `SettingsError` when a package is missing, `DemoError` when the conversion fails.
     """
-    gguf = find_gguf()
-    try:
-        release = version(PACKAGE)
-    except PackageNotFoundError:  # a folder on the path, without the metadata of an installation
-        release = "0"
-    target = cache_folder() / f"{NAME}-{release}-float32"
-    if target.is_dir():
-        return target
+    gguf, target = find_gguf(), _target()
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
         raise SettingsError(f"the model is converted with {' and '.join(missing)}: pip install 'kvmesh[demo]'")
@@ -84,6 +83,14 @@ def converted_model(children: Children, on_step: Callable[[int, int, str], None]
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _target() -> Path:
+    try:
+        release = version(PACKAGE)
+    except PackageNotFoundError:  # a folder on the path, without the metadata of an installation
+        release = "0"
+    return cache_folder() / f"{NAME}-{release}-float32"
 
 
 def _convert(children: Children, gguf: Path, work: Path, on_step: Callable[[int, int, str], None]) -> None:

@@ -115,8 +115,8 @@ class Story:
 
     def _ask(self, node: str, document: str, question: str, *, mesh: bool = True) -> dict[str, Any]:
         self._account.question(question)
-        with self._account.bar(f"node {node}") as on_step:
-            answer = self._cluster.ask(node, document, question, mesh=mesh, new_tokens=NEW_TOKENS, on_step=on_step)
+        with self._account.under_way(f"node {node}") as under_way:
+            answer = self._cluster.ask(node, document, question, mesh=mesh, new_tokens=NEW_TOKENS, under_way=under_way)
         self._account.answer(answer, facts_of(answer))
         if answer["mesh_error"]:
             self._account.note(f"node {node} had to do without the mesh: {answer['mesh_error']}", "yellow")

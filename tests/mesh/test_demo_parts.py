@@ -145,21 +145,21 @@ class Conversion:
 def test_the_model_is_converted_once_and_kept(package: Path, tmp_path: Path) -> None:
     conversion: Any = Conversion()
     steps: list[tuple[int, int, str]] = []
-    folder = model.converted_model(conversion, lambda *step: steps.append(step))
+    assert model.kept_model() is None
+    folder = model.convert_model(conversion, lambda *step: steps.append(step))
     assert folder == tmp_path / "cache" / "SmolLM2-135M-Instruct-9.9-float32"
     assert (folder / "config.json").exists()
     assert [step[0] for step in steps] == [0, 1, 2]
     assert conversion.started[0][:2] == ("-m", "kvmesh.demo.convert")
     assert conversion.started[0][2] == str(package / model.GGUF)
-    assert model.converted_model(conversion, lambda *step: None) == folder
-    assert len(conversion.started) == 1
+    assert model.kept_model() == folder
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_a_conversion_that_fails_leaves_nothing(package: Path, tmp_path: Path) -> None:
     conversion: Any = Conversion(fails=True)
     with pytest.raises(DemoError, match="broke"):
-        model.converted_model(conversion, lambda *step: None)
+        model.convert_model(conversion, lambda *step: None)
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -169,7 +169,7 @@ def test_what_a_killed_conversion_left_is_removed_but_not_that_of_a_live_one(tmp
     (cache / "converting-4194305").mkdir(parents=True)  # above the largest process id
     (cache / f"converting-{os.getppid()}").mkdir()
     conversion: Any = Conversion()
-    model.converted_model(conversion, lambda *step: None)
+    model.convert_model(conversion, lambda *step: None)
     assert not (cache / "converting-4194305").exists()
     assert (cache / f"converting-{os.getppid()}").exists()
 
@@ -184,7 +184,7 @@ def test_another_demo_that_was_quicker_wins(tmp_path: Path) -> None:
             target.mkdir()
             (target / "config.json").write_text('{"theirs": 1}')
 
-    assert model.converted_model(conversion, overtake) == target
+    assert model.convert_model(conversion, overtake) == target
     assert "theirs" in (target / "config.json").read_text()
 
 
@@ -194,7 +194,7 @@ def test_converting_needs_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "find_spec", lambda name: None if name == "gguf" else before(name))
     conversion: Any = Conversion()
     with pytest.raises(SettingsError, match=r"converted with gguf: pip install 'kvmesh\[demo\]'"):
-        model.converted_model(conversion, lambda *step: None)
+        model.convert_model(conversion, lambda *step: None)
 
 
 # --- the account ---
@@ -219,8 +219,9 @@ def test_the_account_fits_its_width(width: int, terminal: bool) -> None:
     account, out = account_of(width, terminal=terminal)
     account.chapter("1  A chapter")
     account.question("A question?")
-    with account.bar("waiting") as update:
-        update(1, 3, "a description that is far too long for the line " * 3)
+    with account.under_way("waiting") as under_way:
+        under_way.step(1, 3, "a description that is far too long for the line " * 3)
+        under_way.text("an answer begins")
     account.answer(ANSWER, facts_of(ANSWER))
     account.times([("B without the mesh", 4.2), ("B, fetched from A", 0.41)])
     account.map(
@@ -237,6 +238,7 @@ def test_the_account_fits_its_width(width: int, terminal: bool) -> None:
     assert "101.0 MiB" in text
     if not terminal:
         assert "far too long" not in text, "a bar is not for pipes"
+        assert "an answer begins" not in text
         assert "\x1b" not in text
 
 
