@@ -33,7 +33,7 @@ help: ## this list
 
 demo: $(MADE)/demo $(MADE)/package ## two engines share a real model's KV cache, on this machine
 	@echo "==> demo: a controller, three agents and two engines on loopback" >&2
-	@$(BIN)/kvmesh demo $(ARGS)
+	@KVMESH_CACHE="$(CURDIR)/.cache" $(BIN)/kvmesh demo $(ARGS)
 
 # With ARGS only some tests run, so nothing is said about coverage.
 test: $(MADE)/dev $(MADE)/package ## all tests, with coverage (some: ARGS="-k keys")

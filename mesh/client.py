@@ -12,7 +12,9 @@ From asyncio use `kvmesh.aio`. Bytes never pass the socket: a put copies into th
 from __future__ import annotations
 
 import os
+import queue
 import threading
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,9 +80,13 @@ class Mesh:
         self.socket = path
         """Where the agent listens."""
         self._timeout_s = timeout_s
-        self._lock = threading.Lock()
-        self._places = threading.BoundedSemaphore(CLIENT_CONNECTIONS_MAX)
-        self._idle: list[Connection] = []
+        self._mapping = threading.Lock()
+        # A forgotten hit gives its connection back from a finaliser, which may run in the middle of any line here: so the
+        # pool has no lock, only a queue and a deque whose operations are atomic and may be re-entered.
+        self._places: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(CLIENT_CONNECTIONS_MAX):
+            self._places.put(None)
+        self._idle: deque[Connection] = deque()
         self._arenas: dict[int, tuple[Arena, Arena]] = {}  # epoch of the agent -> (writable, read-only)
         self._closed = False
         self._pid = os.getpid()
@@ -204,11 +210,8 @@ class Mesh:
     # --- its end ---------------------------------------------------------------------------------------------------
     def close(self) -> None:
         """Disconnect. Views that are still alive stay valid: their connection closes with the last of them."""
-        with self._lock:
-            self._closed = True
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.retire()
+        self._closed = True
+        self._retire_idle()
         self._arenas.clear()
 
     def __enter__(self) -> Mesh:
@@ -231,35 +234,43 @@ class Mesh:
         """A connection for this call alone. Waits for a free place when all are taken."""
         if self._closed or self._pid != os.getpid():
             raise AgentUnavailableError("this mesh was closed, or belongs to the parent process: call kvmesh.connect()")
-        self._places.acquire()
+        self._places.get()
         try:
-            with self._lock:
-                while self._idle:
-                    connection = self._idle.pop()
-                    if not connection.gone():
-                        return connection
-                    connection.close()
+            while (connection := self._pop_idle()) is not None:
+                if not connection.gone():
+                    return connection
+                connection.close()
             connection = Connection(self.socket, timeout_s=self._timeout_s)
             self._map(connection)
         except BaseException:
-            self._places.release()
+            self._places.put(None)
             raise
         return connection
 
     def _put_back(self, connection: Connection) -> None:
-        with self._lock:
-            keep = not self._closed and not connection.closed
-            if keep:
-                self._idle.append(connection)
-        if not keep:
+        if connection.closed:
             connection.retire()
-        self._places.release()
+        else:
+            self._idle.append(connection)
+        self._places.put(None)
+        if self._closed:
+            self._retire_idle()
+
+    def _pop_idle(self) -> Connection | None:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return None
+
+    def _retire_idle(self) -> None:
+        while (connection := self._pop_idle()) is not None:
+            connection.retire()
 
     def _map(self, connection: Connection) -> None:
         """Map the arena that came with the connection, once for each start of the agent."""
         welcome = connection.welcome
         try:
-            with self._lock:
+            with self._mapping:
                 if welcome.epoch not in self._arenas:
                     # An agent that has started again has a new arena; views of the old one keep its mapping themselves.
                     writable = Arena(connection.arena_fd, welcome.arena_bytes, writable=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import select
 import socket
 import threading
 import time
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from kvmesh import protocol
 from kvmesh.transport.errors import AgentUnavailableError, KVMeshError, ProtocolError, VersionMismatchError
-from kvmesh.transport.limits import AGENT_PROTOCOL_VERSION
+from kvmesh.transport.limits import AGENT_PROTOCOL_VERSION, CLIENT_REPLY_GRACE_S
 
 _RECEIVE_BYTES = 256 * 1024
 
@@ -64,7 +65,8 @@ class Connection:
         self._flush()
 
     def note(self, message: protocol.Message) -> None:
-        """Send a frame that has no answer, now or with the next one. Never blocks, never raises: for finalisers."""
+        """Send a frame that has no answer, now or with the next one. Waits for no lock and never raises: for
+        finalisers."""
         self._notes.put(protocol.frame(message))
         self._flush()
 
@@ -75,10 +77,10 @@ class Connection:
             left = limit - time.monotonic()
             if left <= 0:
                 raise self._lost(f"did not answer within {timeout_s:.1f} s")
+            _wait(self._socket, select.POLLIN, left)
             try:
-                self._socket.settimeout(left)
                 data = self._socket.recv(_RECEIVE_BYTES)
-            except TimeoutError:
+            except BlockingIOError:
                 continue
             except OSError as error:
                 raise self._lost(f"went away ({error.strerror})") from None
@@ -100,7 +102,6 @@ class Connection:
         if self.closed:
             return True
         try:
-            self._socket.settimeout(0)
             return self._socket.recv(1, socket.MSG_PEEK) == b""
         except BlockingIOError:
             return False
@@ -132,7 +133,7 @@ class Connection:
         self._write(protocol.frame(protocol.Hello(0, AGENT_PROTOCOL_VERSION, os.getpid())))
         fds: list[int] = []
         try:
-            self._socket.settimeout(timeout_s)
+            _wait(self._socket, select.POLLIN, timeout_s)
             # The descriptor comes with the first byte of the welcome, which is far smaller than the buffer.
             data, fds, _, _ = socket.recv_fds(self._socket, _RECEIVE_BYTES, 1)
             self._frames.extend(self._reader.feed(data))
@@ -152,11 +153,15 @@ class Connection:
         return reply, fds[0]
 
     def _write(self, data: bytes) -> None:
-        try:
-            self._socket.settimeout(None)
-            self._socket.sendall(data)
-        except OSError as error:
-            raise self._lost(f"went away ({error.strerror})") from None
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[self._socket.send(left) :]
+            except BlockingIOError:
+                if not _wait(self._socket, select.POLLOUT, CLIENT_REPLY_GRACE_S):
+                    raise self._lost("does not read what this client sends") from None
+            except OSError as error:
+                raise self._lost(f"went away ({error.strerror})") from None
 
     def _flush(self) -> None:
         """Send the waiting notes, unless somebody is sending: who then does so when done."""
@@ -187,7 +192,20 @@ def _connect(path: Path, timeout_s: float) -> socket.socket:
         raise AgentUnavailableError(
             f"no agent answers at {path} ({error.strerror or error}): start `kvmesh agent`"
         ) from None
+    # From here on it never blocks by itself. A timeout would be a property of the socket, and two threads use it: the
+    # one that waits for an answer, and any that sends a note.
+    sock.setblocking(False)
     return sock
+
+
+def _wait(sock: socket.socket, events: int, timeout_s: float) -> bool:
+    """Wait until `sock` is ready for `events`; False after `timeout_s`. A closed socket is ready: its use will say
+    so."""
+    if sock.fileno() < 0:
+        return True
+    poll = select.poll()
+    poll.register(sock, events)
+    return bool(poll.poll(max(0.0, timeout_s) * 1000))
 
 
 def _close_all(fds: list[int]) -> None:

@@ -44,7 +44,7 @@ class UnderWay:
     def text(self, text: str) -> None:
         """The answer so far."""
         if self._live is not None:
-            self._live.update(_answer(text))
+            self._live.update(_hanging("A", Text(text)))
 
 
 class Account:
@@ -77,13 +77,13 @@ class Account:
 
     def question(self, text: str) -> None:
         """What is asked."""
-        self.console.print(Padding(Text.assemble(("Q ", "dim"), (text, "italic")), (0, 0, 0, INDENT)))
+        self.console.print(_hanging("Q", Text(text, "italic")))
 
     def answer(self, answer: Mapping[str, Any], facts: str) -> None:
         """What the model said, and how it went."""
-        self.console.print(_answer(answer["text"]))
+        self.console.print(_hanging("A", Text(answer["text"])))
         first = f"first token after {seconds(answer['ttft_s'])}"
-        self.console.print(Padding(Text.assemble((first, "bold cyan"), (f"   {facts}", "cyan")), (0, 0, 0, INDENT)))
+        self.console.print(_hanging("", Text.assemble((f"{first}; ", "bold cyan"), (facts, "cyan"))))
 
     def times(self, rows: Sequence[tuple[str, float]]) -> None:
         """Times to first token as bars; the first row is what the others are compared with."""
@@ -108,7 +108,7 @@ class Account:
             ("size", "right"),
         ):
             table.add_column(title, justify=justify)  # type: ignore[arg-type]
-        for node in nodes:
+        for node in sorted(nodes, key=lambda node: (node["role"], node["name"])):
             mine = held.get(node["name"])
             chunks, size = (f"{mine['chunks']:,}", size_of(mine["bytes"])) if mine else ("-", "-")
             state = Text(node["state"], "green" if node["state"] == "alive" else "red")
@@ -121,8 +121,13 @@ class Account:
         self.console.print(Padding(Text.assemble(mark, text), (0, 0, 0, INDENT)))
 
 
-def _answer(text: str) -> Padding:
-    return Padding(Text.assemble(("A ", "dim"), text), (0, 0, 0, INDENT))
+def _hanging(mark: str, text: Text) -> Padding:
+    """`text` behind a mark, and its further lines below its first."""
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid.add_column(width=1, style="dim")
+    grid.add_column()
+    grid.add_row(mark, text)
+    return Padding(grid, (0, 0, 0, INDENT))
 
 
 def seconds(value: float) -> str:

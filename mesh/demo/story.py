@@ -45,7 +45,7 @@ class Story:
         first = self._ask("A", texts.DOCUMENT, texts.QUESTION_FIRST)
         account.chapter("2  Node B, another question, without the mesh: what it would cost")
         cold = self._ask("B", texts.DOCUMENT, texts.QUESTION_OTHER_NODE, mesh=False)
-        account.chapter("3  Node B, the same question, with the mesh: the document's KV cache comes from node A")
+        account.chapter("3  Node B, the same question, with the mesh: the cache comes from node A")
         fetched = self._ask("B", texts.DOCUMENT, texts.QUESTION_OTHER_NODE)
         equal = fetched["tokens"] == cold["tokens"]
         account.verdict(equal, f"the same answer as without the mesh, token for token ({len(cold['tokens'])} tokens)")

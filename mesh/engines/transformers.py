@@ -29,6 +29,7 @@ import torch
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from kvmesh.engines.bypass import bypass_reason
+from kvmesh.engines.generation import Generation
 from kvmesh.engines.identity import (
     CacheGeometry,
     default_name,
@@ -37,51 +38,15 @@ from kvmesh.engines.identity import (
     weights_state,
 )
 from kvmesh.engines.link import AgentLink, connect_to
+from kvmesh.engines.rate import PrefillRate, probe_rate
 from kvmesh.keys import Namespace
 from kvmesh.transport.errors import KVMeshError
 from kvmesh.transport.limits import CHUNK_TOKENS_DEFAULT, ENGINE_DEADLINE_MAX_S, ENGINE_DEADLINE_MIN_S
 
+__all__ = ["Generation", "MeshModel"]
+
 if TYPE_CHECKING:
     from kvmesh.client import Mesh
-
-_PROBE_TOKENS = 32
-"""The first estimate of the prefill rate: the time of a forward pass over so many tokens."""
-_RATE_SAMPLE_TOKENS_MIN = 64
-"""A prefill of fewer tokens tells more about its fixed cost than about the rate."""
-_RATE_NEW_SHARE = 0.3
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """What a call of `MeshModel.generate` gave, and what the mesh did for it. Times count from the start of the
-    call.
-    """
-
-    output: Any
-    """What `model.generate` returned: a tensor, or a ModelOutput where `return_dict_in_generate` asked for one."""
-    sequences: torch.Tensor
-    """Prompt and answer, ``[1, tokens]``."""
-    prompt_tokens: int
-    tokens_reused: int
-    """Prompt tokens whose keys and values came out of the mesh."""
-    tokens_fetched: int
-    """Of those, the ones that came from another node for this call."""
-    tokens_computed: int
-    """Prompt tokens that this model computed: the others."""
-    tokens_published: int
-    """Tokens in chunks that the local agent did not have before."""
-    bytes_moved: int
-    """Bytes that the agent read from other nodes for this call."""
-    load_s: float
-    """How long asking the mesh, waiting and copying took. It is part of `ttft_s`."""
-    ttft_s: float
-    """Time to first token: until the first new token existed, loading included."""
-    total_s: float
-    """Until the call returned, publishing included."""
-    bypass_reason: str | None = None
-    """Why the mesh was left out of this call."""
-    mesh_error: str | None = None
-    """What went wrong with the mesh; the call went on without it."""
 
 
 @dataclass(slots=True)
@@ -128,7 +93,7 @@ class MeshModel:
         self._tenant = tenant
         self._chunk_tokens = chunk_tokens
         self._deadline_s = deadline_s
-        self._rate = PrefillRate(_probe_rate(model))
+        self._rate = PrefillRate(probe_rate(model))
         self._weights_state = 0 if revision is not None else weights_state(model)
         self._space = self._make_space()
         if mesh is None or isinstance(mesh, (str, os.PathLike)):
@@ -258,18 +223,6 @@ class MeshModel:
             return 0
 
 
-class PrefillRate:
-    """Tokens a second of prefill: a moving average over the calls that computed enough to tell."""
-
-    def __init__(self, tokens_per_s: float) -> None:
-        self.tokens_per_s = tokens_per_s
-
-    def observe(self, tokens: int, seconds: float) -> None:
-        """A prefill of `tokens` tokens took `seconds`, up to the first new token."""
-        if tokens >= _RATE_SAMPLE_TOKENS_MIN and seconds > 0:
-            self.tokens_per_s += _RATE_NEW_SHARE * (tokens / seconds - self.tokens_per_s)
-
-
 class _FirstToken(StoppingCriteria):
     """Never stops anything: generate() asks it once a token, and it notes when the first one existed."""
 
@@ -281,17 +234,6 @@ class _FirstToken(StoppingCriteria):
             input_ids[0, -1].item()  # waits for an accelerator, where the token is otherwise only promised
             self.at = time.perf_counter()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-def _probe_rate(model: Any) -> float:
-    """Tokens a second of one short forward pass. It is an underestimate, and so gives loads more time, until a prefill
-    was measured.
-    """
-    tokens = torch.zeros((1, _PROBE_TOKENS), dtype=torch.long, device=model.device)
-    with torch.no_grad():
-        start = time.perf_counter()
-        model(input_ids=tokens, use_cache=False).logits[0, -1, 0].item()
-    return _PROBE_TOKENS / (time.perf_counter() - start)
 
 
 def _buffer(geometry: CacheGeometry, tokens: int) -> torch.Tensor:

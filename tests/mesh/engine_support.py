@@ -4,12 +4,17 @@ dict.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvmesh.keys import Namespace
 from kvmesh.transport.errors import AgentUnavailableError, KVMeshError
@@ -43,6 +48,18 @@ def make_llama(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any
             if parameter.ndim == 2:
                 parameter.mul_(4)
     return model.to(dtype)
+
+
+def save_tiny_model(folder: Path, text: str) -> Path:
+    """A random Llama, with a tokenizer that gives each word of `text` a number."""
+    words = sorted(set(re.findall(r"\w+|[^\w\s]+", text)))
+    numbers = {"<unk>": 0} | {word: index + 1 for index, word in enumerate(words)}
+    tokenizer = Tokenizer(WordLevel(numbers, "<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    make_llama(vocab_size=len(numbers), max_position_embeddings=4096).save_pretrained(folder)
+    wrapped: Any = PreTrainedTokenizerFast
+    wrapped(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    return folder
 
 
 @cache

@@ -6,20 +6,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 
 import kvmesh.demo
 from kvmesh.demo import document as texts
-from tests.mesh.engine_support import make_llama
+from tests.mesh.engine_support import save_tiny_model
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.model, pytest.mark.cluster, pytest.mark.slow]  # six processes, two of which import torch
@@ -27,21 +25,7 @@ pytestmark = [pytest.mark.model, pytest.mark.cluster, pytest.mark.slow]  # six p
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama with a tokenizer that gives each word of the demo's texts a number."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = sorted(set(re.findall(r"\w+|[^\w\s]+", texts.DOCUMENT + texts.NOTICE)))
-    tokenizer = Tokenizer(
-        models.WordLevel({"<unk>": 0} | {word: index + 1 for index, word in enumerate(words)}, "<unk>")
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    model = make_llama(vocab_size=len(words) + 1, max_position_embeddings=4096)
-    model.save_pretrained(folder)
-    wrapped: Any = PreTrainedTokenizerFast
-    wrapped(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    return folder
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama", texts.DOCUMENT + texts.NOTICE)
 
 
 @pytest.fixture

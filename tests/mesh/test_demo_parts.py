@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from kvmesh.demo import document, model
+from kvmesh.demo import convert, document, model
 from kvmesh.demo.account import Account, seconds, size_of
 from kvmesh.demo.children import Children, DemoError
 from kvmesh.demo.story import facts_of
@@ -195,6 +198,77 @@ def test_converting_needs_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     conversion: Any = Conversion()
     with pytest.raises(SettingsError, match=r"converted with gguf: pip install 'kvmesh\[demo\]'"):
         model.convert_model(conversion, lambda *step: None)
+
+
+def write_tiny_gguf(path: Path) -> None:
+    """A random Llama of one layer, whose tokens are the 256 bytes and two pairs."""
+    import gguf
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters: Any = bytes_to_unicode
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *letters().values(), "th", "an"]
+    size, inner = 32, 64
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(size)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(size // 2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
+    writer.add_token_merges(["t h", "a n"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    random = np.random.default_rng(0)
+    shapes = {"token_embd": (len(tokens), size), "output_norm": (size,), "blk.0.attn_norm": (size,)} | {
+        f"blk.0.{name}": shape
+        for name, shape in {
+            "ffn_norm": (size,),
+            "attn_q": (size, size),
+            "attn_k": (size // 2, size),
+            "attn_v": (size // 2, size),
+            "attn_output": (size, size),
+            "ffn_gate": (inner, size),
+            "ffn_up": (inner, size),
+            "ffn_down": (size, inner),
+        }.items()
+    }
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", random.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.model
+@pytest.mark.slow  # imports transformers, and its GGUF reader
+def test_a_gguf_becomes_a_plain_float32_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_tiny_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(sys, "argv", ["convert", str(tmp_path / "tiny.gguf"), str(tmp_path / "plain")])
+    convert.main()
+    steps = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(step["done"], step["of"]) for step in steps] == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    original: Any = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "plain")
+    ids = tokenizer("that and this", return_tensors="pt").input_ids
+    assert plain.dtype == torch.float32
+    assert "quantization_config" not in plain.config.to_dict()
+    assert torch.equal(plain(ids).logits, original(ids).logits)
+    assert tokenizer.decode(ids[0]) == "that and this"
 
 
 # --- the account ---

@@ -11,7 +11,8 @@ import torch
 from transformers import StoppingCriteriaList
 from transformers.generation.stopping_criteria import MaxLengthCriteria
 
-from kvmesh.engines.transformers import MeshModel, PrefillRate
+from kvmesh.engines.rate import PrefillRate
+from kvmesh.engines.transformers import MeshModel
 from kvmesh.transport.errors import AgentUnavailableError, ChunkTooLargeError
 from kvmesh.transport.limits import ENGINE_DEADLINE_MAX_S, ENGINE_DEADLINE_MIN_S
 from tests.mesh.engine_support import CHUNK, MeshStandIn, llama, make_llama, prompt
