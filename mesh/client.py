@@ -81,8 +81,8 @@ class Mesh:
         """Where the agent listens."""
         self._timeout_s = timeout_s
         self._mapping = threading.Lock()
-        # A forgotten hit gives its connection back from a finaliser, which may run in the middle of any line here: so the
-        # pool has no lock, only a queue and a deque whose operations are atomic and may be re-entered.
+        # A forgotten hit gives its connection back from a finaliser, which may run in the middle of any line here: so
+        # the pool has no lock, only a queue and a deque whose operations are atomic and may be re-entered.
         self._places: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(CLIENT_CONNECTIONS_MAX):
             self._places.put(None)
