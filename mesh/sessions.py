@@ -22,7 +22,7 @@ from kvmesh import protocol
 from kvmesh.arena import Arena
 from kvmesh.fetch import Fate, Fetcher, Flight
 from kvmesh.keys import Namespace
-from kvmesh.store import Chunk, Store
+from kvmesh.store import Chunk, Refusal, Store
 from kvmesh.transport.errors import CallerError, ChunkTooLargeError, NamespaceError, ProtocolError
 from kvmesh.transport.limits import (
     AGENT_HELLO_TIMEOUT_S,
@@ -190,10 +190,14 @@ class Session(asyncio.Protocol):
 
     def _reserve(self, request: protocol.Reserve) -> list[int]:
         space = self._space(request.space_id)
-        reserve = self._desk.store.reserve
-        return [
-            int(reserve(self, key, request.space_id, space.chunk_bytes)) for key in protocol.unpack_keys(request.keys)
-        ]
+        store, offsets = self._desk.store, list[int]()
+        for key in protocol.unpack_keys(request.keys):
+            if offsets and offsets[-1] == Refusal.FULL and store.get(key) is None:
+                # The front found no room: what follows is worth less, and trying again for each would only take time.
+                offsets.append(Refusal.FULL)
+            else:
+                offsets.append(store.reserve(self, key, request.space_id, space.chunk_bytes))
+        return offsets
 
     def _commit(self, request: protocol.Commit) -> int:
         keys = protocol.unpack_keys(request.keys)

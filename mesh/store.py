@@ -272,21 +272,29 @@ class Store:
 
     def _make_room(self, size_bytes: int) -> int | None:
         offset = self._extents.allocate(size_bytes)
-        if offset is not None:
-            return offset
-        # Before the first eviction: could evicting everything that may go make room at all? Else all would go for
-        # nothing.
-        taken = [*self._kept.items(), *((r.offset, r.size_bytes) for r in self._reserved.values())]
-        if largest_gap(self._extents.capacity_bytes, taken) < aligned(size_bytes):
-            return None
-        while offset is None:
-            victim = next((c for c in self._chunks.values() if c.offset not in self._kept), None)
-            assert victim is not None, "there is room, so something could still go"
+        victim = None if offset is not None else self._least_recently_used()
+        if victim is not None and aligned(victim.size_bytes) < aligned(size_bytes):
+            # One is not enough. Before the first goes: would all that may go make room? Else all would go for nothing.
+            taken = [*self._kept.items(), *((r.offset, r.size_bytes) for r in self._reserved.values())]
+            if largest_gap(self._extents.capacity_bytes, taken) < aligned(size_bytes):
+                return None
+        while offset is None and victim is not None:
             self._counts["evicted"] += 1
             self._forget(victim)
             self._extents.free(victim.offset)
             offset = self._extents.allocate(size_bytes)
+            victim = self._least_recently_used()
         return offset
+
+    def _least_recently_used(self) -> Chunk | None:
+        """The chunk to evict next. Those that may not go count as just used, so none is passed over twice in a row."""
+        doomed = sum(map(len, self._doomed.values()))
+        for _ in range(len(self._chunks) if len(self._kept) - doomed < len(self._chunks) else 0):
+            chunk = next(iter(self._chunks.values()))
+            if chunk.offset not in self._kept:
+                return chunk
+            self._chunks.move_to_end(chunk.key)
+        return None
 
     def _remove(self, chunk: Chunk) -> None:
         self._counts["removed"] += 1
