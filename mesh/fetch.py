@@ -104,10 +104,13 @@ class Fetcher:
         """
         joined: dict[bytes, Flight] = {}
         fresh: list[Flight] = []
+        obtainable = 0
+        if len(self._tasks) < FETCHES_MAX:
+            obtainable = self._obtainable([key for key in keys if key not in self._flights])
         for key in keys:
             flight = self._flights.get(key)
             if flight is None:
-                if not self._holders.runs([key], exclude=(self._node,)) or len(self._tasks) >= FETCHES_MAX:
+                if len(fresh) == obtainable:
                     break
                 flight = Flight(key)
                 fresh.append(flight)
@@ -121,6 +124,16 @@ class Fetcher:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         return joined
+
+    def _obtainable(self, keys: Sequence[bytes]) -> int:
+        """How many of `keys`, from the front, some other node holds."""
+        count = 0
+        while count < len(keys):
+            runs = self._holders.runs(keys, count, exclude=(self._node,))
+            if not runs:
+                break
+            count += max(run.run_chunks for run in runs)
+        return count
 
     def leave(self, owner: Owner, flight: Flight) -> None:
         """`owner` does not wait for the flight any more; a lease that it got by it goes back."""
