@@ -16,7 +16,7 @@ from random import Random
 from typing import Protocol
 
 from kvmesh.transport.errors import PeerError, ProtocolError
-from kvmesh.transport.limits import MAP_ENTRIES_MAX, PING_TIMEOUT_S
+from kvmesh.transport.limits import JOIN_CALLS_UNTIL_WARNED, MAP_ENTRIES_MAX, PING_TIMEOUT_S
 
 from .actions import (
     Action,
@@ -106,6 +106,7 @@ class Discovery:
         self._clock = clock
         self._membership = StaticMembership(identity, peers, head=lambda: self.local_head, random=random)
         self._core = Core(identity.name, self._membership, self.map, journal, random)
+        self._unanswered = dict.fromkeys(peers, 0)  # addresses that were given and have not answered yet
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = float("inf")
@@ -271,15 +272,25 @@ class Discovery:
             request = CALL_PREFIX + encode(call.message)
             answer = await self._call(call.address, request, timeout_s=call.timeout_s)
             event = Answered(call.tag, decode_answer(answer))
+            self._unanswered.pop(call.address, None)
         except ProtocolError as error:
             self._protocol_errors += 1
             _log.debug("%s refused or sent what cannot be read: %r", call.address, error)
-        except PeerError:
+            self._warn_of_silence(call.address, error)
+        except PeerError as error:
             self._calls_failed += 1
+            self._warn_of_silence(call.address, error)
         except Exception:  # noqa: BLE001 - any error of a transport is a lost call; discovery must outlive it
             self._unexpected_errors += 1
             _log.exception("a call to %s failed unexpectedly", call.address)
         self._dispatch(event)
+
+    def _warn_of_silence(self, address: str, why: PeerError) -> None:
+        """An address that was given by hand and never answers is most likely wrong: say so, once."""
+        if address in self._unanswered:
+            self._unanswered[address] += 1
+            if self._unanswered[address] == JOIN_CALLS_UNTIL_WARNED:
+                _log.warning("no node answers at %s, which is to be joined: %s; trying on", address, why)
 
     def _journal_changed(self) -> None:
         self._dispatch(JournalChanged())

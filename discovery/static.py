@@ -251,6 +251,8 @@ class StaticMembership:
         known = peer.identity
         if identity.epoch < known.epoch:
             self.counters.stale += 1
+            if peer.is_gone and address != peer.address:
+                return self._namesake(peer, identity, answered_at, head, now)
             lasting = now - peer.epoch_since > NAME_CONFLICT_S and address != peer.address
             return self._conflict(name, peer.address, address) if lasting else []
         if identity.epoch > known.epoch:
@@ -286,6 +288,17 @@ class StaticMembership:
         self._move(peer, address, now)
         member = peer.member()
         return [Changed(member) if was_there else Joined(member), *_told(peer)]
+
+    def _namesake(
+        self, peer: Peer, identity: Identity, answered_at: str | None, head: Head | None, now: float
+    ) -> list[MembershipEvent]:
+        """The newest start of a name is gone, and an older one speaks from elsewhere: there were two of one name. Its
+        answer to a ping of ours shows that it lives; anything else may be late, and only makes us ask."""
+        if answered_at is not None:
+            return self._restarted(peer, identity, answered_at, head, now)
+        if not self._schedule.hear_of(identity.address, now):
+            self.counters.refused += 1
+        return []
 
     def _move(self, peer: Peer, address: str, now: float) -> None:
         """From now on `peer` is reached at `address`."""

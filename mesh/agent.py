@@ -36,7 +36,7 @@ from kvmesh.spaces import describe, differences
 from kvmesh.store import Chunk, Store
 from kvmesh.transport import open_zmq
 from kvmesh.transport.errors import SettingsError
-from kvmesh.transport.limits import EXPIRY_SWEEP_S
+from kvmesh.transport.limits import EXPIRY_SWEEP_S, GIB
 
 TIER = "ram"
 
@@ -179,7 +179,8 @@ async def open_agent(settings: AgentSettings, open_transport: OpenTransport = op
     if settings.memory_bytes > total_bytes:
         # The kernel would promise it all the same, and end the agent when the promise falls due.
         raise SettingsError(
-            f"--memory {settings.memory_bytes}: this host has {total_bytes} bytes in all; use a smaller --memory"
+            f"--memory {settings.memory_bytes / GIB:.1f}GiB: this host has {total_bytes / GIB:.1f} GiB in all; "
+            "use a smaller --memory"
         )
     async with AsyncExitStack() as stack:
         arena = Arena.create(aligned(settings.memory_bytes))

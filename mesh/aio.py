@@ -127,8 +127,8 @@ class AsyncMesh:
 
     async def close(self) -> None:
         """Disconnect."""
-        await self._run(self._mesh.close)
-        self._threads.shutdown()
+        self._mesh.close()  # waits for nothing; all threads of the pool may be waiting for peers
+        await asyncio.get_running_loop().run_in_executor(None, self._threads.shutdown)
 
     async def __aenter__(self) -> AsyncMesh:
         return self

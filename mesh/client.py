@@ -36,12 +36,14 @@ from kvmesh.transport.errors import (
     AgentUnavailableError,
     CallerError,
     ChunkTooLargeError,
+    NamespaceError,
     ProtocolError,
 )
 from kvmesh.transport.limits import (
     AGENT_HELLO_TIMEOUT_S,
     CLIENT_CONNECTIONS_MAX,
     CLIENT_REPLY_GRACE_S,
+    DEADLINE_MAX_S,
     GET_DEADLINE_DEFAULT_S,
     PREFETCH_DEADLINE_DEFAULT_S,
 )
@@ -87,7 +89,7 @@ class Mesh:
         for _ in range(CLIENT_CONNECTIONS_MAX):
             self._places.put(None)
         self._idle: deque[Connection] = deque()
-        self._arenas: dict[int, tuple[Arena, Arena]] = {}  # epoch of the agent -> (writable, read-only)
+        self._arenas: dict[tuple[int, int], tuple[Arena, Arena]] = {}  # the newest start of the agent, and its arena
         self._closed = False
         self._pid = os.getpid()
         connection = self._take()
@@ -123,7 +125,7 @@ class Mesh:
             request = protocol.Reserve(connection.next_id(), space.digest[:16], blob)
             offsets = self._call(connection, request, protocol.Reserved).offsets
             new = [(key, offset) for key, offset in zip(keys, offsets, strict=True) if offset >= 0]
-            arena, _ = self._arenas[connection.welcome.epoch]
+            arena, _ = connection.arenas
             sums: list[int] = []
             try:
                 for key, offset in new:
@@ -146,14 +148,13 @@ class Mesh:
 
         Local chunks are leased at once; the rest is fetched from peers. A miss is a shorter hit, never an exception.
         """
-        if not deadline_s >= 0:
-            raise CallerError(f"deadline_s is {deadline_s}: give the seconds that the get may take, 0 or more")
+        _check_deadline(deadline_s)
         self._check_size(space)
         blob = protocol.pack_keys(chain)
         connection = self._take()
         try:
             self._open(connection, space)
-            _, arena = self._arenas[connection.welcome.epoch]
+            _, arena = connection.arenas
             hit = Hit(connection, arena, space, len(chain), deadline_s, self._put_back)
         except BaseException:
             self._put_back(connection)
@@ -161,8 +162,7 @@ class Mesh:
         try:
             connection.send(protocol.Get(connection.next_id(), space.digest[:16], blob, deadline_s))
         except BaseException:
-            connection.close()
-            self._put_back(connection)
+            hit.close()  # and with it the connection, which it gives back
             raise
         return hit
 
@@ -170,6 +170,7 @@ class Mesh:
         self, space: Namespace, chain: Sequence[bytes], *, deadline_s: float = PREFETCH_DEADLINE_DEFAULT_S
     ) -> int:
         """Start to fetch what peers hold of the front of `chain`, and return at once: how many chunks are under way."""
+        _check_deadline(deadline_s)
         self._check_size(space)
         with self._connection(space) as connection:
             blob = protocol.pack_keys(chain)
@@ -224,6 +225,8 @@ class Mesh:
 
     # --- inside ----------------------------------------------------------------------------------------------------
     def _check_size(self, space: Namespace) -> None:
+        if not isinstance(space, Namespace):
+            raise NamespaceError(f"the first argument must be a kvmesh.Namespace, not {type(space).__name__}")
         if space.chunk_bytes > self.arena_bytes:
             raise ChunkTooLargeError(
                 f"a chunk of this namespace has {space.chunk_bytes} bytes and the whole arena of agent {self.node!r} "
@@ -231,10 +234,17 @@ class Mesh:
             )
 
     def _take(self) -> Connection:
-        """A connection for this call alone. Waits for a free place when all are taken."""
+        """A connection for this call alone. Waits for a free place when all are taken, as long as for an answer."""
         if self._closed or self._pid != os.getpid():
             raise AgentUnavailableError("this mesh was closed, or belongs to the parent process: call kvmesh.connect()")
-        self._places.get()
+        wait_s = self._timeout_s + CLIENT_REPLY_GRACE_S
+        try:
+            self._places.get(timeout=wait_s)
+        except queue.Empty:
+            raise CallerError(
+                f"{CLIENT_CONNECTIONS_MAX} gets or calls of this mesh are open, and none ended within {wait_s:g} s: "
+                "use or release hits before asking for more, or connect once more"
+            ) from None
         try:
             while (connection := self._pop_idle()) is not None:
                 if not connection.gone():
@@ -248,9 +258,7 @@ class Mesh:
         return connection
 
     def _put_back(self, connection: Connection) -> None:
-        if connection.closed:
-            connection.retire()
-        else:
+        if not connection.closed:
             self._idle.append(connection)
         self._places.put(None)
         if self._closed:
@@ -264,19 +272,24 @@ class Mesh:
 
     def _retire_idle(self) -> None:
         while (connection := self._pop_idle()) is not None:
-            connection.retire()
+            connection.close()
 
     def _map(self, connection: Connection) -> None:
         """Map the arena that came with the connection, once for each start of the agent."""
         welcome = connection.welcome
         try:
             with self._mapping:
-                if welcome.epoch not in self._arenas:
+                # Two starts within a millisecond, or after the clock was set back, may have one epoch: the file says.
+                start = (welcome.epoch, os.fstat(connection.arena_fd).st_ino)
+                arenas = self._arenas.get(start)
+                if arenas is None:
                     # An agent that has started again has a new arena; views of the old one keep its mapping themselves.
                     writable = Arena(connection.arena_fd, welcome.arena_bytes, writable=True)
                     readable = Arena(connection.arena_fd, welcome.arena_bytes, writable=False)
-                    self._arenas = {welcome.epoch: (writable, readable)}
+                    arenas = (writable, readable)
+                    self._arenas = {start: arenas}
                     self.arena_bytes = welcome.arena_bytes
+                connection.arenas = arenas
         except BaseException:
             connection.close()
             raise
@@ -292,11 +305,13 @@ class Mesh:
     @contextmanager
     def _connection(self, space: Namespace | None = None) -> Iterator[Connection]:
         connection = self._take()
+        connection.hold()  # another thread's note may find the agent stuck: not while this one writes to the arena
         try:
             if space is not None:
                 self._open(connection, space)
             yield connection
         finally:
+            connection.let_go()
             self._put_back(connection)
 
     def _call(self, connection: Connection, request: protocol.Message, kind: type[ReplyT]) -> ReplyT:
@@ -323,3 +338,8 @@ class Mesh:
             answer = self._call(connection, request, protocol.Answer)
         document: dict[str, Any] = msgspec.json.decode(answer.body)
         return document
+
+
+def _check_deadline(deadline_s: float) -> None:
+    if not isinstance(deadline_s, (int, float)) or not 0 <= deadline_s <= DEADLINE_MAX_S:
+        raise CallerError(f"deadline_s is {deadline_s!r}: give seconds, from 0 to {DEADLINE_MAX_S:g}")

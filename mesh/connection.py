@@ -17,10 +17,12 @@ import time
 from pathlib import Path
 
 from kvmesh import protocol
+from kvmesh.arena import Arena
 from kvmesh.transport.errors import AgentUnavailableError, KVMeshError, ProtocolError, VersionMismatchError
 from kvmesh.transport.limits import AGENT_PROTOCOL_VERSION, CLIENT_REPLY_GRACE_S
 
 _RECEIVE_BYTES = 256 * 1024
+_WAIT_S_MAX = 3600.0  # poll takes no more than 24 days, and a deadline may be any number
 
 
 class Connection:
@@ -37,9 +39,13 @@ class Connection:
         self._next_id = 1
         self.spaces: set[bytes] = set()
         """Namespaces that this connection has opened."""
+        self.arenas: tuple[Arena, Arena]
+        """The agent's arena as this process has it mapped, writable and read-only. Set by whoever mapped it."""
         self.closed = False
-        self._holds = 0  # hits whose leases hang on this connection
-        self._retired = False
+        """Of no use for a further call."""
+        self._pid = os.getpid()
+        self._torn = False  # a frame was sent in part: nothing can follow it
+        self._holds = 0  # hits and puts whose leases and reservations hang on this connection
         self._socket = _connect(path, timeout_s)
         try:
             self.welcome, self.arena_fd = self._greet(timeout_s)
@@ -67,6 +73,8 @@ class Connection:
     def note(self, message: protocol.Message) -> None:
         """Send a frame that has no answer, now or with the next one. Waits for no lock and never raises: for
         finalisers."""
+        if self._pid != os.getpid():
+            return  # a child got copies of the parent's views by fork: their end is not the end of the parent's
         self._notes.put(protocol.frame(message))
         self._flush()
 
@@ -93,9 +101,10 @@ class Connection:
         return reply
 
     def close(self) -> None:
-        """Close the socket: the agent takes back every lease and reservation of this connection."""
+        """No call will use this connection again: close the socket as soon as no lease and no reservation hangs on it,
+        since with it the agent takes them back. A view that is still alive would see its chunk replaced."""
         self.closed = True
-        self._socket.close()
+        self._close_when_free()
 
     def gone(self) -> bool:
         """Whether the agent has closed its end, as far as can be seen without waiting."""
@@ -109,24 +118,20 @@ class Connection:
             return True
 
     def hold(self) -> None:
-        """A hit's leases hang on this connection: it stays open, also when retired, until as many `let_go`."""
+        """A hit's leases or a put's reservations hang on this connection: it stays open, also when closed, until as
+        many `let_go`."""
         with self._counting:
             self._holds += 1
 
     def let_go(self) -> None:
-        """The leases of one hit are back. Safe in a finaliser."""
+        """What hung on this connection is back. Safe in a finaliser."""
         with self._counting:
             self._holds -= 1
         self._close_when_free()
 
-    def retire(self) -> None:
-        """No call will use this connection again: close it as soon as no lease hangs on it."""
-        self._retired = True
-        self._close_when_free()
-
     def _close_when_free(self) -> None:
-        if self._retired and self._holds == 0:
-            self.close()
+        if self.closed and self._holds == 0:
+            self._socket.close()
 
     # --- inside ----------------------------------------------------------------------------------------------------
     def _greet(self, timeout_s: float) -> tuple[protocol.Welcome, int]:
@@ -153,15 +158,20 @@ class Connection:
         return reply, fds[0]
 
     def _write(self, data: bytes) -> None:
+        if self._torn:
+            raise self._lost("does not read what this client sends")
         left = memoryview(data)
-        while left:
-            try:
-                left = left[self._socket.send(left) :]
-            except BlockingIOError:
-                if not _wait(self._socket, select.POLLOUT, CLIENT_REPLY_GRACE_S):
-                    raise self._lost("does not read what this client sends") from None
-            except OSError as error:
-                raise self._lost(f"went away ({error.strerror})") from None
+        try:
+            while left:
+                try:
+                    left = left[self._socket.send(left) :]
+                except BlockingIOError:
+                    if not _wait(self._socket, select.POLLOUT, CLIENT_REPLY_GRACE_S):
+                        raise self._lost("does not read what this client sends") from None
+                except OSError as error:
+                    raise self._lost(f"went away ({error.strerror})") from None
+        finally:
+            self._torn = len(left) > 0
 
     def _flush(self) -> None:
         """Send the waiting notes, unless somebody is sending: who then does so when done."""
@@ -199,13 +209,13 @@ def _connect(path: Path, timeout_s: float) -> socket.socket:
 
 
 def _wait(sock: socket.socket, events: int, timeout_s: float) -> bool:
-    """Wait until `sock` is ready for `events`; False after `timeout_s`. A closed socket is ready: its use will say
-    so."""
+    """Wait until `sock` is ready for `events`; False after `timeout_s`, or after `_WAIT_S_MAX`. A closed socket is
+    ready: its use will say so."""
     if sock.fileno() < 0:
         return True
     poll = select.poll()
     poll.register(sock, events)
-    return bool(poll.poll(max(0.0, timeout_s) * 1000))
+    return bool(poll.poll(min(max(0.0, timeout_s), _WAIT_S_MAX) * 1000))
 
 
 def _close_all(fds: list[int]) -> None:

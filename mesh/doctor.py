@@ -123,7 +123,7 @@ def check_package(name: str, oldest: str, needed: bool, version_of: VersionOf) -
 
 
 def check_socket_directory(path: Path, uid: int) -> Finding:
-    """The directory of the agent's socket belongs to this user, and nobody else can enter it."""
+    """The agent would take the directory of its socket, and nobody but this user can enter it."""
     name = "socket directory"
     try:
         found = path.lstat()
@@ -132,14 +132,17 @@ def check_socket_directory(path: Path, uid: int) -> Finding:
     except OSError as error:
         return Finding(name, "problem", f"{path}: {error.strerror}", "use --socket with a path that you can enter")
     if not stat.S_ISDIR(found.st_mode):
-        return Finding(name, "problem", f"{path} is not a directory", f"remove it: rm {path}")
-    if found.st_uid != uid:
+        return Finding(name, "problem", f"{path} is not a directory", "use --socket with a path in a directory")
+    shared = bool(found.st_mode & stat.S_ISVTX)  # like /tmp, which the agent takes too
+    if found.st_uid not in (uid, 0) and not shared:
         return Finding(
             name, "problem", f"{path} belongs to user {found.st_uid}", "use --socket with a path of your own"
         )
     if found.st_mode & 0o077:
+        # Never `chmod`: it may be a directory that others need, like / or /run.
         mode = stat.S_IMODE(found.st_mode)
-        return Finding(name, "warning", f"{path} is open to other users (mode {mode:04o})", f"chmod 700 {path}")
+        advice = "use --socket in a directory that only you can enter"
+        return Finding(name, "warning", f"{path} is open to other users (mode {mode:04o})", advice)
     return Finding(name, "ok", f"{path}, only for this user")
 
 
@@ -150,7 +153,8 @@ def check_agent(path: Path, uid: int, connect: Callable[[Path], AgentConnection]
     except OSError:
         return Finding("agent", "warning", f"none runs: nothing is at {path}", "start it: kvmesh agent"), None
     if not stat.S_ISSOCK(found.st_mode):
-        return Finding("agent", "problem", f"{path} is not a socket", f"remove it (rm {path}), or use --socket"), None
+        advice = "name the agent's socket with --agent, or start the agent with another --socket"
+        return Finding("agent", "problem", f"{path} is not a socket", advice), None
     if found.st_uid != uid:
         what = f"{path} belongs to user {found.st_uid}: it is not your agent"
         return Finding("agent", "problem", what, "use --agent with your own agent's socket"), None
@@ -174,9 +178,9 @@ def check_agent(path: Path, uid: int, connect: Callable[[Path], AgentConnection]
 
 
 def check_mesh_port(host: str, port: int, agent_address: str | None) -> Finding:
-    """The port is free, or is the one of this machine's agent."""
+    """The port is free. Where an agent answers, its own port is what counts: no second one can have its socket."""
     name = "mesh port"
-    if agent_address is not None and (port == 0 or agent_address.rpartition(":")[2] == str(port)):
+    if agent_address is not None:
         return Finding(name, "ok", f"{agent_address} is the agent's")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:

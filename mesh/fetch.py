@@ -169,12 +169,13 @@ class Fetcher:
                 if address is None:
                     failed.add(run.node)
                     continue
+                before = len(pending)
                 batch = self._reserve(owner, pending[: run.run_chunks], space_id, chunk_bytes)
                 pending = [f for f in pending if not f.done.done()]
-                if not batch and pending:
+                if not batch and len(pending) == before:
                     fate = Fate.FULL
                     break
-                if not await self._read(owner, run.node, address, batch, chunk_bytes, deadline):
+                if batch and not await self._read(owner, run.node, address, batch, chunk_bytes, deadline):
                     failed.add(run.node)
                 pending = [f for f in pending if not f.done.done()]
             if pending and self._clock() >= deadline:
@@ -237,6 +238,7 @@ class Fetcher:
         self._end(flight, Fate.LANDED)
 
     def _end(self, flight: Flight, fate: Fate) -> None:
-        self._flights.pop(flight.key, None)
+        if self._flights.get(flight.key) is flight:
+            del self._flights[flight.key]
         if not flight.done.done():
             flight.done.set_result(fate)

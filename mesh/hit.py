@@ -117,12 +117,9 @@ class Hit:
             return
         self._closed = True
         if self._final is None and self._failed is None:
-            # The agent is still at work for us. Its reports would come to nobody: let it end with the connection,
-            # unless views need their leases; then wait for the end, which the deadline bounds.
-            if self._leases.looked_at:
-                self._settle()
-            else:
-                self._abort(LeaseError("this hit was released while its chunks were on the way"))
+            # The agent is still at work for us, and its reports would come to nobody: it ends with the connection,
+            # which stays open only for what views still look at.
+            self._abort(LeaseError("this hit was released while its chunks were on the way"))
         self._leases.end(self._offsets)
 
     def __del__(self) -> None:
@@ -187,11 +184,6 @@ class Leases:
         connection.hold()
         self._held = True
 
-    @property
-    def looked_at(self) -> bool:
-        """Whether a view is alive."""
-        return bool(self._views)
-
     def look_at(self, offset: int) -> Callable[[], None]:
         """A view of `offset` comes to be; call the result when it is gone."""
         with self._lock:
@@ -201,8 +193,11 @@ class Leases:
     def end(self, offsets: list[int]) -> None:
         """The hit is closed: return what no view looks at, and the rest as views go."""
         with self._lock:
-            free = [offset for offset in offsets if offset not in self._views]
-            self._ended.update(offset for offset in offsets if offset in self._views)
+            # A view may go between any two lines, in this very thread. So all are said to have ended first: from then
+            # on an offset is taken out, and its lease returned, by its last view or here, never by both or by none.
+            self._ended.update(offsets)
+            free = [offset for offset in offsets if offset in self._ended and offset not in self._views]
+            self._ended.difference_update(free)
         self._return(free)
 
     def _gone(self, offset: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import logging
 import os
 import socket
 import stat
@@ -17,7 +18,9 @@ from pathlib import Path
 
 from kvmesh.sessions import Desk, Session
 from kvmesh.transport.errors import SettingsError
-from kvmesh.transport.limits import CLIENTS_MAX
+from kvmesh.transport.limits import ACCEPT_RETRY_S, CLIENTS_MAX
+
+log = logging.getLogger(__name__)
 
 _PATH_BYTES_MAX = 107  # sockaddr_un
 _CREDENTIALS = struct.Struct("3i")  # SO_PEERCRED: pid, uid, gid
@@ -36,6 +39,8 @@ class Listener:
         self._empty = asyncio.Event()
         self._empty.set()
         self._accepting: asyncio.Task[None] | None = None
+        if path.exists() and not path.is_socket():
+            raise SettingsError(f"--socket {path}: something else is there already; use another path")
         _make_directory(path.parent)
         self._lock = _lock(path)
         try:
@@ -68,11 +73,15 @@ class Listener:
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            connection, _ = await loop.sock_accept(self._socket)
-            if len(self._sessions) >= CLIENTS_MAX or not _same_user(connection):
-                connection.close()
-                continue
-            await loop.connect_accepted_socket(self._session, connection)
+            try:
+                connection, _ = await loop.sock_accept(self._socket)
+                if len(self._sessions) >= CLIENTS_MAX or not _same_user(connection):
+                    connection.close()
+                    continue
+                await loop.connect_accepted_socket(self._session, connection)
+            except OSError as error:  # no file descriptor is left, most likely: a client that goes makes room
+                log.warning("a client could not be accepted: %s", error.strerror)
+                await asyncio.sleep(ACCEPT_RETRY_S)
 
     def _session(self) -> Session:
         session = Session(self._desk, self._gone)

@@ -273,7 +273,10 @@ def pack_keys(keys: Sequence[bytes]) -> bytes:
     """Keys as one blob. Raises `CallerError` for what is not a chain of keys."""
     if len(keys) > CHAIN_CHUNKS_MAX:
         raise CallerError(f"{len(keys)} keys at once are too many: ask for at most {CHAIN_CHUNKS_MAX}")
-    blob = b"".join(keys)
+    try:
+        blob = b"".join(keys)
+    except TypeError:
+        blob, keys = b"x", ()  # no bytes: refused below
     if len(blob) != KEY_BYTES * len(keys) or any(len(key) != KEY_BYTES for key in keys):
         raise CallerError(f"a key has {KEY_BYTES} bytes: pass what Namespace.chain returned")
     return blob

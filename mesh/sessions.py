@@ -28,6 +28,7 @@ from kvmesh.transport.limits import (
     AGENT_HELLO_TIMEOUT_S,
     AGENT_PROTOCOL_VERSION,
     CLIENT_REQUESTS_MAX,
+    DEADLINE_MAX_S,
     OWNED_CHUNKS_MAX,
     SESSION_BACKLOG_BYTES_MAX,
     SPACES_MAX,
@@ -127,10 +128,10 @@ class Session(asyncio.Protocol):
     def _handle(self, request: protocol.Request) -> None:
         try:
             reply = self._reply(request)
-        except CallerError as error:
-            reply = protocol.failure(request.id, error)
-        if reply is not None:
-            self._send(reply)
+            if reply is not None:
+                self._send(reply)
+        except CallerError as error:  # of an answer that is too large as well
+            self._send(protocol.failure(request.id, error))
 
     def _reply(self, request: protocol.Request) -> protocol.Message | None:
         store = self._desk.store
@@ -214,13 +215,15 @@ class Session(asyncio.Protocol):
     def _prefetch(self, request: protocol.Prefetch) -> int:
         space = self._space(request.space_id)
         keys = [k for k in protocol.unpack_keys(request.keys) if self._desk.store.get(k) is None]
-        deadline = time.monotonic() + request.deadline_s
+        deadline = time.monotonic() + _bounded(request.deadline_s)
         return len(self._desk.fetcher.want(None, request.space_id, space.chunk_bytes, keys, deadline))
 
     # --- get -------------------------------------------------------------------------------------------------------
     def _get(self, request: protocol.Get) -> None:
         space = self._space(request.space_id)
         keys = protocol.unpack_keys(request.keys)
+        if len(set(keys)) != len(keys):
+            raise CallerError("the chain names a chunk twice: give each key once, in the order of the prompt")
         store, now = self._desk.store, time.monotonic()
         local = {}
         for key in keys:
@@ -234,7 +237,7 @@ class Session(asyncio.Protocol):
             self._release(local.values())
             raise CallerError("this connection has too many requests or leases open: wait for some to end")
         else:
-            job = _Get(request, space, keys, local, now + request.deadline_s)
+            job = _Get(request, space, keys, local, now + _bounded(request.deadline_s))
             task = asyncio.create_task(self._fetch(job))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -269,10 +272,12 @@ class Session(asyncio.Protocol):
                     unsent = []
                 fate = await self._landing(flight, job)
                 if fate is Fate.DEADLINE and time.monotonic() < job.deadline:
-                    del flights[key]  # it was somebody else's deadline: a new flight gets ours
+                    # It was somebody else's deadline. The whole rest of that fetch ended with it: all of it gets a new
+                    # one together, with ours.
+                    flights = {k: f for k, f in flights.items() if not f.done.done() or f.chunk is not None}
                     continue
                 chunk = flight.chunk
-                if fate is not Fate.LANDED or chunk is None or self._desk.store.leased(self, chunk.offset) is None:
+                if fate is not Fate.LANDED or chunk is None or self._desk.store.leased(self, chunk.offset) is not chunk:
                     break
                 unsent.append(chunk.offset)
                 del flights[key]
@@ -306,3 +311,8 @@ class _Get:
     local: dict[bytes, Chunk]
     """Leased at the start, not reported yet."""
     deadline: float
+
+
+def _bounded(deadline_s: float) -> float:
+    """A client's deadline as it counts here: whatever it says, between nothing and `DEADLINE_MAX_S`."""
+    return min(deadline_s, DEADLINE_MAX_S) if deadline_s > 0 else 0.0

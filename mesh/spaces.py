@@ -39,7 +39,7 @@ def differences(space: Namespace, descriptions: Iterable[bytes]) -> list[str]:
     for description in descriptions:
         try:
             theirs = msgspec.json.decode(description, type=dict[str, Any])
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):  # it comes from a peer: it may be anything
             continue
         if theirs.get("model") != space.model or theirs.get("tenant") != mine["tenant"]:
             continue

@@ -95,6 +95,7 @@ class Store:
     ) -> None:
         self._extents = Extents(capacity_bytes)
         self._chunks: OrderedDict[bytes, Chunk] = OrderedDict()  # least recently used first
+        self._expiring: dict[bytes, Chunk] = {}  # of those, the ones that have a time
         self._doomed: dict[bytes, list[Chunk]] = {}
         self._reserved: dict[bytes, _Reservation] = {}
         self._owners: dict[Owner, _Belongings] = {}
@@ -147,6 +148,8 @@ class Store:
             key, reservation.space_id, reservation.offset, reservation.size_bytes, checksum, pinned, expires_s
         )
         self._chunks[key] = chunk
+        if expires_s is not None:
+            self._expiring[key] = chunk
         self._chunk_bytes += chunk.size_bytes
         if pinned:
             self._kept[chunk.offset] = chunk.size_bytes
@@ -198,7 +201,7 @@ class Store:
         """Give back one lease of `chunk`. False when `owner` has none."""
         belongings = self._owners.get(owner)
         held = belongings.leases.get(chunk.offset) if belongings is not None else None
-        if belongings is None or held is None:
+        if belongings is None or held is None or held[0] is not chunk:
             return False
         if held[1] == 1:
             del belongings.leases[chunk.offset]
@@ -238,7 +241,7 @@ class Store:
 
     def sweep(self, now: float) -> int:
         """Remove the chunks whose time is over. Returns how many."""
-        over = [c for c in self._chunks.values() if c.expires_s is not None and c.expires_s <= now]
+        over = [c for c in self._expiring.values() if c.expires_s is not None and c.expires_s <= now]
         for chunk in over:
             self._remove(chunk)
         return len(over)
@@ -309,6 +312,7 @@ class Store:
 
     def _forget(self, chunk: Chunk) -> None:
         del self._chunks[chunk.key]
+        self._expiring.pop(chunk.key, None)
         self._chunk_bytes -= chunk.size_bytes
         self._on_evict(chunk)
 

@@ -7,6 +7,7 @@ short-lived commands.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -49,6 +50,8 @@ def open_view(agent: str | None = None, controller: str | None = None) -> View:
     try:
         return connect()
     except AgentUnavailableError as error:
+        if "KVMESH_SOCKET" in os.environ:
+            raise  # one agent is named: an answer from elsewhere would only mislead
         address = f"127.0.0.1:{MESH_PORT_DEFAULT}"
         view = ControllerView(address)
         try:

@@ -69,7 +69,10 @@ class ForeignVersionError(FrameError):
     """The message is of another version of the protocol: refuse it, naming both."""
 
     def __init__(self, tag: int, version: int, request_id: int) -> None:
-        super().__init__(f"the peer speaks mesh protocol {version}, this node speaks {MESH_PROTOCOL_VERSION}")
+        ours, older = MESH_PROTOCOL_VERSION, min(version, MESH_PROTOCOL_VERSION)
+        super().__init__(
+            f"one side speaks mesh protocol {version} and the other {ours}: upgrade kvmesh where it is {older}"
+        )
         self.tag = tag
         self.version = version
         self.request_id = request_id

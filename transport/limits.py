@@ -41,6 +41,8 @@ AGENT_FRAME_BYTES_MAX: Final = 4 * MIB
 AGENT_HELLO_TIMEOUT_S: Final = 5.0
 CLIENTS_MAX: Final = 256
 """Connections that one agent serves at once."""
+ACCEPT_RETRY_S: Final = 0.1
+"""How long an agent that could not accept a client, for want of file descriptors, waits before it tries again."""
 CLIENT_REQUESTS_MAX: Final = 64
 """Requests of one connection that an agent works on at once."""
 CLIENT_CONNECTIONS_MAX: Final = 16
@@ -48,6 +50,8 @@ CLIENT_CONNECTIONS_MAX: Final = 16
 CLIENT_REPLY_GRACE_S: Final = 5.0
 """How long past its own deadline a client waits for the agent's answer before it gives the connection up."""
 GET_DEADLINE_DEFAULT_S: Final = 0.5
+DEADLINE_MAX_S: Final = 3600.0
+"""The longest deadline of a get or a prefetch: no request waits longer, and no fetch goes on for nobody longer."""
 SPACES_MAX: Final = 1024
 """Namespaces that one agent knows."""
 OWNED_CHUNKS_MAX: Final = 1_000_000
@@ -114,6 +118,8 @@ PEERS_MAX: Final = 4096
 NAME_BYTES_MAX: Final = 128
 PING_INTERVAL_S: Final = 1.0
 PING_TIMEOUT_S: Final = 0.5
+JOIN_CALLS_UNTIL_WARNED: Final = 3
+"""Calls to an address of ``--join`` that fail before the log says so."""
 PINGS_LOST_UNTIL_SUSPECT: Final = 1
 SUSPICION_S: Final = 3.0
 """From suspect to failed."""

@@ -107,6 +107,7 @@ def open_chunks(path: Path, space: Namespace, chain: Sequence[bytes]) -> Iterato
     from safetensors import SafetensorError, safe_open
 
     try:
+        path.open("rb").close()  # the library's own reasons repeat the path, and call a directory "No such device"
         handle = safe_open(path, framework="pt")
     except OSError as error:
         raise SettingsError(f"cannot read {path}: {error.strerror or error}") from None

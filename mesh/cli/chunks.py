@@ -63,8 +63,8 @@ def put(
         )
     if result.refused:
         note(
-            f"{node} refused {result.refused:,} of {counted(len(fills), 'chunk')}: its arena is full of leased or "
-            "pinned chunks; unpin some, or start the agent with more --memory"
+            f"{node} refused {result.refused:,} of {counted(len(fills), 'chunk')}: its arena is full of chunks "
+            "that are pinned, in use or of this put; put fewer, unpin some, or start the agent with more --memory"
         )
         return 1
     return 0

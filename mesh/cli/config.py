@@ -78,5 +78,7 @@ def _checked(path: Path, where: str, table: dict[str, Any], names: dict[str, tup
     if unknown:
         known = ", ".join(name.replace("_", "-") for name in names)
         plural = "is not a setting" if len(unknown) == 1 else "are not settings"
+        if not where:
+            known += f", and the tables {' and '.join(f'[{name}]' for name in COMMANDS)}"
         raise SettingsError(f"--config {path}: {where}{', '.join(unknown)} {plural}; the settings are {known}")
     return found

@@ -77,7 +77,10 @@ def read_space_and_chain(tokens: Path, space: Path) -> tuple[Namespace, list[byt
     """The namespace, and the keys of the prompt's whole chunks. A prompt below one chunk is an error: it has no key."""
     namespace = read_space(space)
     token_ids = read_tokens(tokens)
-    chain = namespace.chain(token_ids)
+    try:
+        chain = namespace.chain(token_ids)
+    except NamespaceError as error:
+        raise NamespaceError(f"--tokens {tokens}: {error}") from None
     if not chain:
         raise SettingsError(
             f"--tokens {tokens} has {len(token_ids)} tokens, less than one chunk of {namespace.chunk_tokens}: "

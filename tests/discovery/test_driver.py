@@ -265,3 +265,19 @@ def test_stopping_ends_every_task_even_when_a_peer_hangs() -> None:
             network.resume("a")
 
     run(scene)
+
+
+def test_an_address_to_join_that_never_answers_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        network = MemoryNetwork()
+        b = Node(network, "b", [])
+        a = Node(network, "a", ["b:1", "nobody:1"])
+        async with running(a, b):
+            await a.until(lambda: any("nobody:1" in record.message for record in caplog.records))
+            await a.until(lambda: a.discovery.stats().calls_failed > 4)
+            await a.until(lambda: a.sees("b") is not None)
+
+    with caplog.at_level("WARNING", logger="kvmesh.discovery"):
+        asyncio.run(run())
+    (said,) = [record.message for record in caplog.records if "to be joined" in record.message]
+    assert said.startswith("no node answers at nobody:1")

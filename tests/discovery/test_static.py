@@ -492,3 +492,37 @@ def test_events_carry_the_member() -> None:
     left = table.events[-1]
     assert isinstance(left, Left)
     assert left.member.state is MemberState.LEFT
+
+
+@pytest.mark.parametrize("end", ["leaves", "fails"])
+def test_when_the_newer_of_two_with_one_name_is_gone_the_older_counts_again(end: str) -> None:
+    table = Table()  # no list: the older one came by itself, and its address is not pinged any more once it has moved
+    older, newer = peer(epoch=10), peer(epoch=20, address="a:2")
+    table.answering = {"a:1": older}
+    table.feed(Requested(0, Ping(older, head(older))))
+    table.run(2)
+    table.answering["a:2"] = newer
+    table.feed(Requested(1, Ping(newer, head(newer))))
+    assert table.membership.member("a").epoch == 20  # type: ignore[union-attr]
+    del table.answering["a:2"]
+    if end == "leaves":
+        table.feed(Requested(2, Leave("a", 20)))
+    table.run(12)
+    assert table.state() in (MemberState.LEFT, MemberState.FAILED)
+    table.feed(Requested(3, Ping(older, head(older))))  # the older one goes on pinging
+    table.run(2)
+    member = table.membership.member("a")
+    assert member is not None
+    assert (member.state, member.epoch, member.address) == (MemberState.ALIVE, 10, "a:1")
+
+
+def test_a_late_ping_of_an_earlier_start_brings_nobody_back() -> None:
+    table = Table("a:1")
+    table.answering = {"a:1": peer(epoch=20, address="a:1")}
+    table.run(2)
+    table.answering.clear()
+    table.run(12)
+    assert table.state() is MemberState.FAILED
+    table.feed(Requested(1, Ping(peer(epoch=10, address="a:9"), b"")))
+    table.run(5)
+    assert table.state() is MemberState.FAILED

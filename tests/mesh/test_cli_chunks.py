@@ -165,7 +165,8 @@ def test_files_that_cannot_be_used(cli: Cli, prompt: Callable[..., list[str]], t
     cli.connect(mesh)
     arguments = prompt()
     ran = cli("put", tmp_path / "none.safetensors", *arguments)
-    assert (ran.code, ran.err.startswith("kvmesh: cannot read ")) == (2, True)
+    assert (ran.code, ran.err) == (2, f"kvmesh: cannot read {tmp_path}/none.safetensors: No such file or directory\n")
+    assert cli("put", tmp_path, *arguments).err == f"kvmesh: cannot read {tmp_path}: Is a directory\n"
     (tmp_path / "text").write_text("not safetensors")
     assert "text is not a safetensors file" in cli("put", tmp_path / "text", *arguments).err
     save_file(some_chunks(), tmp_path / "in.safetensors")

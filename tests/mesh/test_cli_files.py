@@ -69,7 +69,7 @@ def test_a_chain_is_of_whole_chunks(tmp_path: Path):
     assert chain_of(tokens, space, None) == Namespace(**SPACE).chain(list(range(16)))
     with pytest.raises(SettingsError, match="has 7 tokens, less than one chunk of 8"):
         read_space_and_chain(written(tmp_path, list(range(7)), "t.json"), space)
-    with pytest.raises(NamespaceError, match="token ids must be whole numbers"):
+    with pytest.raises(NamespaceError, match=r"--tokens .*t.json: token ids must be whole numbers"):
         read_space_and_chain(written(tmp_path, ["a"] * 8, "t.json"), space)
 
 

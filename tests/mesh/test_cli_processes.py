@@ -121,6 +121,7 @@ def test_one_file_for_an_agent_and_a_controller(cli: Cli, given: Given, tmp_path
         ("[agent]\nnope = 1", "[agent] nope is not a setting"),
         ("[controller]\nmemory = '1GiB'", "[controller] memory is not a setting"),
         ("[router]\nname = 'r'", "router is not a setting"),
+        ("[router]\nname = 'r'", "memory, socket, and the tables [agent] and [controller]"),
         ("mesh-port = '80'", "mesh-port must be a whole number, not '80'"),
         ("mesh-port = true", "mesh-port must be a whole number, not True"),
         ("join = [1]", "join must be a list of texts or text, not [1]"),

@@ -2,11 +2,14 @@
 
 import errno
 import os
+import re
 import resource
 import socket
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,13 +86,33 @@ def test_the_socket_directory(tmp_path: Path):
     assert doctor.check_socket_directory(directory, UID).status == "ok"
     directory.mkdir(mode=0o700)
     assert doctor.check_socket_directory(directory, UID).status == "ok"
-    assert doctor.check_socket_directory(directory, UID + 1).status == "problem"
     directory.chmod(0o755)
     finding = doctor.check_socket_directory(directory, UID)
-    assert (finding.status, finding.advice) == ("warning", f"chmod 700 {directory}")
+    assert (finding.status, "--socket in a directory that only you" in finding.advice) == ("warning", True)
     (tmp_path / "file").touch()
     assert doctor.check_socket_directory(tmp_path / "file", UID).status == "problem"
     assert doctor.check_socket_directory(tmp_path / "file" / "below", UID).status == "problem"
+
+
+def test_the_socket_directory_of_another_user_is_taken_as_the_agent_takes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def owned(uid: int, mode: int) -> str:
+        found = SimpleNamespace(st_uid=uid, st_mode=stat.S_IFDIR | mode)
+        monkeypatch.setattr(Path, "lstat", lambda path: found)
+        return doctor.check_socket_directory(tmp_path, 1000).status
+
+    assert owned(1001, 0o755) == "problem"
+    assert owned(0, 0o755) == "warning"
+    assert owned(1001, 0o1777) == "warning"
+
+
+def test_no_advice_changes_or_removes_a_path_that_the_user_named():
+    root = doctor.check_socket_directory(Path("/"), UID)
+    file, _ = doctor.check_agent(Path(__file__), UID, refuse(AgentUnavailableError("no")))
+    for finding in (root, file, doctor.check_socket_directory(Path(__file__), UID)):
+        assert finding.advice
+        assert not re.search(r"\b(rm|chmod)\b", finding.advice)
 
 
 def test_no_agent(tmp_path: Path):
@@ -136,6 +159,9 @@ def test_the_mesh_port():
         finding = doctor.check_mesh_port("127.0.0.1", port, None)
         assert (finding.status, "--mesh-port 0" in finding.advice) == ("warning", True)
         assert doctor.check_mesh_port("127.0.0.1", port, f"127.0.0.1:{port}").status == "ok"
+        # Another process has the port that the agent would have by default; this agent runs on one of its own.
+        other = doctor.check_mesh_port("127.0.0.1", port, "127.0.0.1:7953")
+        assert (other.status, other.what) == ("ok", "127.0.0.1:7953 is the agent's")
     assert doctor.check_mesh_port("127.0.0.1", port, None).status == "ok"
     assert doctor.check_mesh_port("127.0.0.1", 0, None).what == "any free one"
 

@@ -20,7 +20,7 @@ def test_a_path_that_cannot_be_used_is_refused_with_its_reason(tmp_path: Path) -
     with pytest.raises(SettingsError, match=r"directory .* cannot be used"):
         Listener(tmp_path / "file" / "agent.sock", Mock())
     (tmp_path / "agent.sock").mkdir()
-    with pytest.raises(SettingsError, match="cannot be used"):
+    with pytest.raises(SettingsError, match="something else is there already"):
         Listener(tmp_path / "agent.sock", Mock())
     (tmp_path / "link.sock.lock").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(SettingsError, match="cannot be used"):

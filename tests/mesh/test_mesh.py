@@ -17,6 +17,7 @@ import kvmesh
 from kvmesh import aio, protocol
 from kvmesh.agent import Agent
 from kvmesh.client import Mesh
+from kvmesh.spaces import differences
 from kvmesh.transport.limits import AGENT_PROTOCOL_VERSION
 from tests.support.agents import MIB, LocalAgents
 
@@ -273,10 +274,11 @@ def test_a_chunk_larger_than_the_arena_is_a_clear_error(agents: LocalAgents) -> 
 def test_bad_arguments_are_named(agents: LocalAgents) -> None:
     agents.start("a")
     mesh = agents.mesh("a")
-    with pytest.raises(kvmesh.CallerError, match="deadline_s"):
-        mesh.get(SPACE, [], deadline_s=-1)
-    with pytest.raises(kvmesh.CallerError, match="32 bytes"):
-        mesh.locate([b"x"])
+    for chain in ([b"x"], ["x"], [1], "abc"):
+        with pytest.raises(kvmesh.CallerError, match="32 bytes"):
+            mesh.locate(chain)  # type: ignore[arg-type]
+    with pytest.raises(kvmesh.NamespaceError, match=r"must be a kvmesh\.Namespace, not str"):
+        mesh.get("m", [])  # type: ignore[arg-type]
 
 
 # --- two nodes -------------------------------------------------------------------------------------------------------
@@ -707,3 +709,8 @@ def test_peers_with_another_dtype_are_named(agents: LocalAgents) -> None:
         "model 'm': dtype is 'bfloat16' here and 'float32' on a peer: these two share no chunks",
     ]
     assert agents.do(lambda: b._opened(SPACE)) == []
+
+
+@pytest.mark.parametrize("description", [b'{"a":' + b"[" * 2000, b'{"model": "\xff"}', b"[]"])
+def test_what_a_peer_says_of_a_namespace_may_be_anything(description: bytes) -> None:
+    assert differences(SPACE, [description]) == []

@@ -280,3 +280,16 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStoreMachine = StoreMachine.TestCase
+
+
+def test_a_release_gives_back_the_lease_of_this_chunk_and_of_no_other_at_its_place() -> None:
+    r = Recorder(1)
+    r.put(1)
+    gone = r.store.get(key(1))
+    assert gone is not None
+    r.put(2)
+    held = r.store.lease("me", key(2), 0.0)
+    assert held is not None
+    assert held.offset == gone.offset
+    assert not r.store.release("me", gone)
+    assert held.leases == 1

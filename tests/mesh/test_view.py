@@ -58,7 +58,8 @@ def test_an_agent_is_found_by_its_socket(tmp_path: Path) -> None:
 def test_without_a_name_the_default_agent_answers_then_the_default_controller_then_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("KVMESH_SOCKET", str(tmp_path / "a.sock"))
+    monkeypatch.delenv("KVMESH_SOCKET", raising=False)
+    monkeypatch.setattr("kvmesh.client.socket_default", lambda: tmp_path / "a.sock")
     with LocalAgents(tmp_path) as agents:
         agents.start("a")
         with view.open_view() as seen:
@@ -69,3 +70,13 @@ def test_without_a_name_the_default_agent_answers_then_the_default_controller_th
             assert seen.stats()["node"] == "c"
     with pytest.raises(AgentUnavailableError, match=r"--agent SOCKET or --controller HOST:PORT"):
         view.open_view()
+
+
+def test_an_agent_that_the_environment_names_is_the_only_one_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVMESH_SOCKET", str(tmp_path / "nobody.sock"))
+    with controller() as address:
+        monkeypatch.setattr(view, "MESH_PORT_DEFAULT", int(address.rpartition(":")[2]))
+        with pytest.raises(AgentUnavailableError, match=r"no agent socket at .*nobody\.sock"):
+            view.open_view()

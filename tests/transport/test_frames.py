@@ -148,7 +148,9 @@ def test_messages_of_the_wrong_direction_are_malformed() -> None:
 @pytest.mark.parametrize("rest", [[], [1, 2, "more", {"than": b"we"}], [[[[]]]]])
 def test_another_version_is_named(rest: list[Any]) -> None:
     for decode in DECODERS:
-        with pytest.raises(ForeignVersionError, match=f"protocol {V + 1}, this node speaks {V}") as raised:
+        with pytest.raises(
+            ForeignVersionError, match=f"protocol {V + 1} and the other {V}: upgrade kvmesh where it is {V}"
+        ) as raised:
             decode([pack([1, V + 1, 42, *rest]), b"payload"])
         assert (raised.value.tag, raised.value.version, raised.value.request_id) == (1, V + 1, 42)
 

@@ -98,7 +98,7 @@ def test_a_holder_of_another_version() -> None:
 
     async def main() -> None:
         async with peer(reply) as address, transport() as node:
-            with pytest.raises(ProtocolError, match=f"speaks mesh protocol {V + 1}, this node speaks {V}"):
+            with pytest.raises(ProtocolError, match=f"speaks mesh protocol {V + 1} and the other {V}"):
                 await node.call(address, b"", timeout_s=LONG_S)
             assert await collect(node.read(address, wants([0], 10), deadline_s=1000)) == {}
             assert node.stats().malformed == 2
