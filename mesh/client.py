@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from kvmesh import protocol, queries
+from kvmesh import protocol, queries, spaces
 from kvmesh.arena import Arena
 from kvmesh.connection import Connection
 from kvmesh.hit import Hit
@@ -298,7 +298,7 @@ class Mesh:
 
     def _open(self, connection: Connection, space: Namespace) -> None:
         if space.digest not in connection.spaces:
-            request = protocol.OpenSpace(connection.next_id(), protocol.encode_space(space))
+            request = protocol.OpenSpace(connection.next_id(), spaces.encode(space))
             self._call(connection, request, protocol.Opened)
             connection.spaces.add(space.digest)
 

@@ -24,7 +24,6 @@ from typing import Any
 
 import msgspec
 
-from kvmesh.keys import Namespace, TensorSpec
 from kvmesh.transport.errors import (
     CallerError,
     ChunkTooLargeError,
@@ -299,32 +298,3 @@ def unpack_checksums(blob: bytes, count: int) -> list[int]:
     if len(blob) != 8 * count:
         raise ProtocolError(f"{len(blob)} bytes are not {count} checksums of 8 bytes")
     return [value for (value,) in struct.iter_unpack("<Q", blob)]
-
-
-# --- namespaces as JSON ----------------------------------------------------------------------------------------------
-class _SpaceFields(msgspec.Struct, forbid_unknown_fields=True):
-    model: str
-    revision: str
-    dtype: str
-    layers: int
-    kv_heads: int
-    head_dim: int
-    layout: str = "torch"
-    chunk_tokens: int = 256
-    shard: tuple[int, int] = (0, 1)
-    tenant: str = ""
-    tensors: dict[str, TensorSpec] = {}
-
-
-def encode_space(space: Namespace) -> bytes:
-    """A namespace as JSON: its fields, by their names."""
-    return msgspec.json.encode({name: getattr(space, name) for name in _SpaceFields.__struct_fields__})
-
-
-def decode_space(document: bytes) -> Namespace:
-    """The namespace of a JSON document. Raises `NamespaceError`, naming the field that is missing, unknown or wrong."""
-    try:
-        fields = msgspec.json.decode(document, type=_SpaceFields)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise NamespaceError(f"the namespace is not usable: {error}") from None
-    return Namespace(**{name: getattr(fields, name) for name in _SpaceFields.__struct_fields__})

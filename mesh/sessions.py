@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol, cast
 
-from kvmesh import protocol
+from kvmesh import protocol, spaces
 from kvmesh.arena import Arena
 from kvmesh.fetch import Fate, Fetcher, Flight
 from kvmesh.keys import Namespace
@@ -169,7 +169,7 @@ class Session(asyncio.Protocol):
                 raise ProtocolError("it said hello twice")
 
     def _open_space(self, request: protocol.OpenSpace) -> list[str]:
-        space = protocol.decode_space(request.space)
+        space = spaces.decode(request.space)
         if space.chunk_bytes > self._desk.arena.size_bytes:
             raise ChunkTooLargeError(
                 f"a chunk of this namespace has {space.chunk_bytes} bytes and the whole arena of agent "

@@ -1,4 +1,4 @@
-"""What nodes tell each other of their namespaces, and what they compare.
+"""Namespaces on the way: what nodes tell each other of theirs and compare, and the JSON that a client opens one with.
 
 Two nodes whose namespaces differ in a single field share nothing, and the only sign would be a hit rate of zero. So a
 node describes its namespaces in its journal, and an engine that opens one hears which field keeps it from its peers'
@@ -14,7 +14,8 @@ from typing import Any
 
 import msgspec
 
-from kvmesh.keys import Namespace
+from kvmesh.keys import Namespace, TensorSpec
+from kvmesh.transport.errors import NamespaceError
 
 COMPARED = ("revision", "dtype", "layers", "kv_heads", "head_dim", "layout", "chunk_tokens")
 """Fields that all nodes that serve one model for one tenant must agree on."""
@@ -52,3 +53,31 @@ def differences(space: Namespace, descriptions: Iterable[bytes]) -> list[str]:
                 "these two share no chunks"
             ] = None
     return list(notes)
+
+
+class _SpaceFields(msgspec.Struct, forbid_unknown_fields=True):
+    model: str
+    revision: str
+    dtype: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    layout: str = "torch"
+    chunk_tokens: int = 256
+    shard: tuple[int, int] = (0, 1)
+    tenant: str = ""
+    tensors: dict[str, TensorSpec] = {}
+
+
+def encode(space: Namespace) -> bytes:
+    """A namespace as JSON: its fields, by their names."""
+    return msgspec.json.encode({name: getattr(space, name) for name in _SpaceFields.__struct_fields__})
+
+
+def decode(document: bytes) -> Namespace:
+    """The namespace of a JSON document. Raises `NamespaceError`, naming the field that is missing, unknown or wrong."""
+    try:
+        fields = msgspec.json.decode(document, type=_SpaceFields)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise NamespaceError(f"the namespace is not usable: {error}") from None
+    return Namespace(**{name: getattr(fields, name) for name in _SpaceFields.__struct_fields__})

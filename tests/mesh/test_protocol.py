@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmesh import protocol as p
+from kvmesh import spaces
 from kvmesh.keys import Namespace, TensorSpec
 from kvmesh.transport.errors import CallerError, ChunkTooLargeError, KVMeshError, NamespaceError, ProtocolError
 from kvmesh.transport.limits import AGENT_FRAME_BYTES_MAX, AGENT_PROTOCOL_VERSION, CHAIN_CHUNKS_MAX
@@ -126,8 +127,8 @@ def test_a_namespace_crosses_as_json() -> None:
         model="m", revision="r", dtype="bfloat16", layers=2, kv_heads=1, head_dim=8, layout="opaque", chunk_tokens=32,
         shard=(1, 4), tenant="t", tensors={"b": TensorSpec("uint8", (7,)), "a": TensorSpec("float32", (2, 3))},
     )  # fmt: skip
-    assert p.decode_space(p.encode_space(space)) == space
-    assert p.decode_space(p.encode_space(space)).digest == space.digest
+    assert spaces.decode(spaces.encode(space)) == space
+    assert spaces.decode(spaces.encode(space)).digest == space.digest
 
 
 @pytest.mark.parametrize(
@@ -143,4 +144,4 @@ def test_a_namespace_crosses_as_json() -> None:
 )
 def test_a_wrong_namespace_is_refused_by_the_fields_name(document: bytes, named: str) -> None:
     with pytest.raises(NamespaceError, match=named):
-        p.decode_space(document)
+        spaces.decode(document)
