@@ -16,7 +16,7 @@ from kvmesh import aio, protocol
 from kvmesh.spaces import differences
 from kvmesh.transport.limits import AGENT_PROTOCOL_VERSION
 from tests.support.agents import LocalAgents
-from tests.support.chunks import SPACE, chain_of, leases, pair, put, tensor
+from tests.support.chunks import SPACE, chain_of, pair, put, tensor
 
 
 def test_the_mesh_is_thread_safe(agents: LocalAgents) -> None:
@@ -39,7 +39,7 @@ def test_the_mesh_is_thread_safe(agents: LocalAgents) -> None:
         thread.join()
     assert wrong == []
     assert agents.do(a.store.stats).chunks == 96
-    assert leases(a, agents) == 0
+    agents.wait_for(lambda: a.store.stats().leases == 0)
     assert a.listener.clients <= 16
 
 
@@ -65,7 +65,7 @@ def test_the_asyncio_client_does_the_same(agents: LocalAgents) -> None:
             await aio.connect(agents.directory / "nobody.sock")
 
     asyncio.run(use())
-    assert leases(a, agents) == 0
+    agents.wait_for(lambda: a.store.stats().leases == 0)
     del b
 
 

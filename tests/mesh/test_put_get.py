@@ -10,6 +10,7 @@ import torch
 import kvmesh
 from tests.support.agents import MIB, LocalAgents
 from tests.support.chunks import SPACE, chain_of, leases, put, tensor
+from tests.support.waiting import wait_until
 
 LARGE = kvmesh.Namespace(model="m", revision="r", dtype="float32", layers=17, kv_heads=8, head_dim=64, chunk_tokens=16)
 
@@ -63,8 +64,8 @@ def test_leases_go_back_with_the_hit(agents: LocalAgents) -> None:
     put(mesh, SPACE, chain)
     with mesh.get(SPACE, chain) as hit:
         hit.count  # noqa: B018
-    assert mesh.stats()["store"]["leases"] == 0
-    assert leases(a, agents) == 0
+    wait_until(lambda: mesh.stats()["store"]["leases"] == 0, 10, "all leases are back")
+    agents.wait_for(lambda: a.store.stats().leases == 0)
 
 
 def test_a_view_keeps_its_lease_and_a_released_hit_gives_no_more(agents: LocalAgents) -> None:
@@ -77,16 +78,16 @@ def test_a_view_keeps_its_lease_and_a_released_hit_gives_no_more(agents: LocalAg
         again = hit[1].numpy()
     with pytest.raises(kvmesh.LeaseError, match="inside the `with` block"):
         hit[0]
-    assert mesh.stats()["store"]["leases"] == 1, "two views of one chunk hold one lease"
+    wait_until(lambda: mesh.stats()["store"]["leases"] == 1, 10, "two views of one chunk hold one lease")
     mesh.delete(chain)
     put(mesh, SPACE, chain_of(SPACE, 50, first=1000))
     assert torch.equal(part, tensors[1][0, 0])
     del part
-    assert mesh.stats()["store"]["leases"] == 1
+    wait_until(lambda: mesh.stats()["store"]["leases"] == 1, 10, "the lease of the view is left")
     del again
     gc.collect()
-    assert mesh.stats()["store"]["leases"] == 0
-    assert leases(a, agents) == 0
+    wait_until(lambda: mesh.stats()["store"]["leases"] == 0, 10, "all leases are back")
+    agents.wait_for(lambda: a.store.stats().leases == 0)
 
 
 def test_a_view_outlives_even_the_mesh(agents: LocalAgents) -> None:
@@ -102,7 +103,7 @@ def test_a_view_outlives_even_the_mesh(agents: LocalAgents) -> None:
     put(other, SPACE, chain_of(SPACE, 100, first=900))
     assert torch.equal(view, want)
     del view
-    assert other.stats()["store"]["leases"] == 0
+    wait_until(lambda: other.stats()["store"]["leases"] == 0, 10, "all leases are back")
     with pytest.raises(kvmesh.AgentUnavailableError, match="closed"):
         mesh.nodes()
 
@@ -116,7 +117,7 @@ def test_a_forgotten_hit_gives_its_leases_back(agents: LocalAgents) -> None:
     assert hit.count == 1
     del hit
     gc.collect()
-    assert mesh.stats()["store"]["leases"] == 0
+    wait_until(lambda: mesh.stats()["store"]["leases"] == 0, 10, "all leases are back")
 
 
 def test_named_tensors_and_fill_functions(agents: LocalAgents) -> None:

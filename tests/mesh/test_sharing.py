@@ -7,7 +7,8 @@ import threading
 import torch
 
 from tests.support.agents import LocalAgents
-from tests.support.chunks import SPACE, chain_of, leases, pair, put, tensor
+from tests.support.chunks import SPACE, chain_of, pair, put, tensor
+from tests.support.waiting import wait_until
 
 
 def test_what_one_node_has_another_gets(agents: LocalAgents) -> None:
@@ -74,7 +75,7 @@ def test_many_readers_of_one_chunk_make_one_fetch(agents: LocalAgents) -> None:
         thread.join()
     assert right == [True] * 12
     assert a.node.transport.stats().chunks_served == 3
-    assert leases(b, agents) == 0
+    agents.wait_for(lambda: b.store.stats().leases == 0)
 
 
 def test_evicted_between_locate_and_read_corrects_the_map(agents: LocalAgents) -> None:
@@ -124,7 +125,7 @@ def test_a_hit_that_is_left_early_gives_everything_back(agents: LocalAgents) -> 
     with mesh.get(SPACE, chain, deadline_s=30):
         pass
     agents.do(lambda: agents.network.resume("a"))
-    assert mesh.stats()["store"]["leases"] == 0
+    wait_until(lambda: mesh.stats()["store"]["leases"] == 0, 10, "all leases are back")
 
 
 def test_prefetch_brings_chunks_without_a_lease(agents: LocalAgents) -> None:
@@ -136,7 +137,7 @@ def test_prefetch_brings_chunks_without_a_lease(agents: LocalAgents) -> None:
     assert mesh.prefetch(SPACE, chain) == 4
     agents.wait_for(lambda: b.store.run(chain) == 4)
     assert mesh.prefetch(SPACE, chain) == 0
-    assert mesh.stats()["store"]["leases"] == 0
+    wait_until(lambda: mesh.stats()["store"]["leases"] == 0, 10, "all leases are back")
 
 
 def test_a_fetch_into_a_full_arena_gives_what_fits(agents: LocalAgents) -> None:

@@ -87,9 +87,10 @@ def test_bounds_are_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "READS_SERVED_MAX", 1)
 
     async def main() -> None:
-        release = asyncio.Event()
+        entered, release = asyncio.Event(), asyncio.Event()
 
         async def handler(_: bytes) -> bytes:
+            entered.set()
             await release.wait()
             return b""
 
@@ -97,7 +98,7 @@ def test_bounds_are_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         source.fill(1, 10)
         holder, reader = network.open("holder", source, handler), network.open("reader", None, echo)
         first = asyncio.create_task(reader.call(holder.address, b"", timeout_s=LONG_S))
-        await asyncio.sleep(0.001)
+        await entered.wait()
         with pytest.raises(ProtocolError, match="too many"):
             await reader.call(holder.address, b"", timeout_s=LONG_S)
         release.set()
