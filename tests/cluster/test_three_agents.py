@@ -197,7 +197,8 @@ def test_a_client_killed_in_the_middle_of_put_and_get_leaves_nothing(cluster: Cl
         assert client.stdout is not None
         assert client.stdout.readline() == b"in the middle\n"
         with kvmesh.connect(a.socket) as mesh:
-            assert not empty(mesh)
+            store = mesh.stats()["store"]
+            assert (store["leases"], store["reserved_chunks"]) == (2, 1)
             client.send_signal(signal.SIGKILL)
             wait_until(lambda: empty(mesh), 1.0, "leases and reservation are gone within a second")
     finally:
