@@ -50,12 +50,13 @@ def agents(names: Sequence[str], *, memory: str) -> Iterator[list[kvmesh.Mesh]]:
         for name in names:
             socket = folder / f"{name}.sock"
             command = [sys.executable, "-m", "kvmesh.cli", "agent", "--json", "--name", name, "--mesh-port", "0"]
-            command += ["--socket", str(socket), "--memory", memory, "--log-level", "error", *joins]
+            command += ["--gossip-port", "0", "--state-dir", str(folder), "--socket", str(socket), "--memory", memory]
+            command += ["--log-level", "error", *joins]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             processes.append(process)
             assert process.stdout is not None
             ready = json.loads(process.stdout.readline())
-            joins += ["--join", ready["mesh_address"]]
+            joins += ["--join", ready["gossip_address"]]
             meshes.append(kvmesh.connect(socket))
         _wait_for_each_other(meshes, set(names))
         yield meshes

@@ -5,8 +5,9 @@ node also has a `Journal` that it tells about every chunk; everybody's journals,
 other names are what these give out.
 """
 
-from .driver import CALL_PREFIX, Discovery, DiscoveryStats
+from .driver import CALL_PREFIX, Discovery, DiscoveryStats, Gossip, GossipStats
 from .following import FollowerCounters
+from .gossip import GossipMembership
 from .head import HEAD_BYTES, Head, node_id
 from .holdings import Record, Totals
 from .journal import Journal
@@ -25,6 +26,9 @@ __all__ = [
     "Discovery",
     "DiscoveryStats",
     "FollowerCounters",
+    "Gossip",
+    "GossipMembership",
+    "GossipStats",
     "Head",
     "Identity",
     "Journal",

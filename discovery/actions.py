@@ -8,9 +8,10 @@ values.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from .messages import Answer, Request
+from .swim.events import SwimAction, SwimEvent
 
 
 class Tag(NamedTuple):
@@ -82,7 +83,28 @@ class Heard:
     epoch: int
 
 
-Event = Started | Stopping | Ticked | JournalChanged | Requested | Withdrawn | Answered | Lost | Heard
+@dataclass(frozen=True, slots=True)
+class KeysAsked:
+    """Somebody on this host wants an operation on the gossip keys of all nodes (`kvmesh.discovery.keying`)."""
+
+    token: int
+    operation: Literal["list", "use", "install", "remove"]
+    key: bytes
+
+
+Event = (
+    Started
+    | Stopping
+    | Ticked
+    | JournalChanged
+    | Requested
+    | Withdrawn
+    | Answered
+    | Lost
+    | Heard
+    | KeysAsked
+    | SwimEvent
+)
 
 
 # --- actions ---------------------------------------------------------------------------------------------------------
@@ -137,4 +159,4 @@ class Notify:
     event: object
 
 
-Action = Call | Ask | Reply | Refuse | Wake | Notify
+Action = Call | Ask | Reply | Refuse | Wake | Notify | SwimAction

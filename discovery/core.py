@@ -5,9 +5,9 @@ journal's publisher.
     answers  ──▶ membership                   the follower that asked
     members that come and go, and their heads ──▶ followers start, stop, and learn that they are behind
 
-What runs it (`kvmesh.discovery.driver` on asyncio, tests/sim in virtual time) performs `Call`, `Reply` and `Refuse`,
-passes `Notify` on, and sends `Ticked` at `wake_at()`. Questions of followers that have all there is are held here, at
-most FOLLOWS_HELD_MAX, until the journal changes.
+What runs it (`kvmesh.discovery.driver` on asyncio, tests/sim in virtual time) performs `Call`, `Reply`, `Refuse` and
+the actions of gossip, passes `Notify` on, and sends `Ticked` at `wake_at()`. Questions of followers that have all there
+is are held here, at most FOLLOWS_HELD_MAX, until the journal changes.
 """
 
 from __future__ import annotations
@@ -113,11 +113,11 @@ class Core:
         return min(self._alarms.next_at(), held_until, self._gather_until)
 
     def handle(self, event: Event, now: float) -> list[Action]:
-        """Take one event. The actions are `Call`, `Reply`, `Refuse` and `Notify`."""
+        """Take one event. The actions are `Call`, `Reply`, `Refuse`, `Notify`, and those of gossip."""
         match event:
             case JournalChanged():
                 self._gather(now)
-                return []
+                return self._member_event(event, now)
             case Ticked():
                 return self._tick(now)
             case Withdrawn(token):

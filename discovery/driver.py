@@ -1,4 +1,5 @@
-"""Runs discovery on asyncio, over the calls of a transport: timers, tasks and bytes, and not one decision.
+"""Runs discovery on asyncio: over the calls of a transport, and over a gossip network when there is one. Timers, tasks
+and bytes, and not one decision.
 
 Owns: the tasks of calls under way, one timer, and the answers that peers still wait for. Everything runs on the loop
 that `start` was called on; the journal must be changed on that loop too. What a peer sends or raises is counted, never
@@ -8,15 +9,22 @@ passed on.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from random import Random
-from typing import Protocol
+from random import Random, SystemRandom
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvmesh.transport.errors import PeerError, ProtocolError
-from kvmesh.transport.limits import JOIN_CALLS_UNTIL_WARNED, MAP_ENTRIES_MAX, PING_TIMEOUT_S
+from kvmesh.transport.limits import (
+    JOIN_CALLS_UNTIL_WARNED,
+    LEAVE_ROUND_S,
+    LEAVE_ROUNDS,
+    MAP_ENTRIES_MAX,
+    PING_TIMEOUT_S,
+)
 
 from .actions import (
     Action,
@@ -24,6 +32,7 @@ from .actions import (
     Call,
     Event,
     JournalChanged,
+    KeysAsked,
     Lost,
     Notify,
     Refuse,
@@ -36,12 +45,23 @@ from .actions import (
 )
 from .core import Core
 from .following import FollowerCounters
+from .gossip import GossipCounters, GossipMembership
 from .head import Head
 from .journal import Journal
+from .keying import KeyCounters, KeysAnswered, KeysResult, Operation
 from .map import ClusterMap
 from .membership import Conflict, Failed, HeadTold, Joined, Left, Member, MemberState
 from .messages import Identity, decode_answer, decode_request, encode
 from .static import PingCounters, StaticMembership
+from .swim.base import SwimCounters
+from .swim.events import Departed, Remember, SwimEvent
+from .swim.exchanging import JoinFailed
+from .swim.profile import KVMESH_LAN, Profile
+from .wire.keyring import Keyring
+from .wire.messages import Endpoint
+
+if TYPE_CHECKING:
+    from .network import GossipNetwork, NetworkCounters
 
 CALL_PREFIX = b"D"
 """The first byte of a call that belongs to discovery."""
@@ -57,10 +77,42 @@ class TransportCall(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Gossip:
+    """What a membership by gossip needs."""
+
+    network: GossipNetwork
+    profile: Profile = KVMESH_LAN
+    known: Sequence[Endpoint] = ()
+    """Members of the last run."""
+    incarnation: int = 1
+    """Larger at each start, where that can be had: peers then believe the new start at once."""
+    public_key: bytes = b""
+    keyring: Keyring | None = None
+    """The one that the network seals with."""
+    save_keys: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True, slots=True)
+class GossipStats:
+    """A copy of what membership by gossip counts."""
+
+    protocol: SwimCounters
+    members: GossipCounters
+    network: NetworkCounters
+    keys: KeyCounters
+    rumours: int
+    """Rumours that wait to be told."""
+    health: int
+    """How badly this process itself does, by its own probes: 0 is well."""
+
+
+@dataclass(frozen=True, slots=True)
 class DiscoveryStats:
     """A copy of what discovery counts."""
 
-    pings: PingCounters
+    pings: PingCounters | None
+    """Of a static membership."""
+    gossip: GossipStats | None
     following: FollowerCounters
     followers: int
     """Nodes that are followed now."""
@@ -83,7 +135,8 @@ class Discovery:
 
     `transport_call` is the `call` of this process's transport; its handler must pass calls that begin with
     `CALL_PREFIX`, without that byte, to `handle`. `journal` is None for a process that holds nothing. `peers` are
-    addresses; one of a process that runs is enough.
+    addresses; one of a process that runs is enough. With `gossip` they are gossip addresses, or names of several;
+    without it the membership is static, and they are addresses of the transport.
     """
 
     def __init__(
@@ -93,18 +146,37 @@ class Discovery:
         journal: Journal | None,
         peers: Sequence[str],
         *,
+        gossip: Gossip | None = None,
         clock: Callable[[], float] = time.monotonic,
         random: Random | None = None,
         map_entries_max: int = MAP_ENTRIES_MAX,
     ) -> None:
         assert journal is None or (journal.name, journal.epoch) == (identity.name, identity.epoch)
-        random = random or Random()  # noqa: S311 - spreads load; no secret depends on it
+        random = random or SystemRandom()
         self.identity = identity
         self.map = ClusterMap(random=random, entries_max=map_entries_max)
         self._journal = journal
         self._call = transport_call
         self._clock = clock
-        self._membership = StaticMembership(identity, peers, head=lambda: self.local_head, random=random)
+        self._network = None if gossip is None else gossip.network
+        self._membership: StaticMembership | GossipMembership
+        if gossip is None:
+            self._membership = StaticMembership(identity, peers, head=lambda: self.local_head, random=random)
+        else:
+            self._membership = GossipMembership(
+                identity,
+                gossip.network.endpoint,
+                head=lambda: self.local_head,
+                random=random,
+                profile=gossip.profile,
+                seeds=peers,
+                known=gossip.known,
+                packet_overhead_bytes=gossip.network.packet_overhead_bytes,
+                public_key=gossip.public_key,
+                incarnation=gossip.incarnation,
+                keyring=gossip.keyring,
+                save_keys=gossip.save_keys,
+            )
         self._core = Core(identity.name, self._membership, self.map, journal, random)
         self._unanswered = dict.fromkeys(peers, 0)  # addresses that were given and have not answered yet
         self._tasks: set[asyncio.Task[None]] = set()
@@ -113,7 +185,9 @@ class Discovery:
         self._replies: dict[int, asyncio.Future[bytes]] = {}
         self._next_token = 0
         self._watchers: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
-        self._running = False
+        self._running = self._leaving = False
+        self._departed = asyncio.Event()
+        self._keys_asked: dict[int, asyncio.Future[KeysResult]] = {}
         self._calls_failed = self._protocol_errors = self._unexpected_errors = 0
 
     # --- life ----------------------------------------------------------------------------------------------------
@@ -124,16 +198,24 @@ class Discovery:
         self._running = True
         if self._journal is not None:
             self._journal.on_change.append(self._journal_changed)
+        if self._network is not None:
+            self._network.start(self._dispatch)
         self._dispatch(Started())
 
     async def stop(self) -> None:
         """Tell the members that this process leaves, and end every task. A second call does nothing."""
-        if not self._running:
+        if not self._running or self._leaving:
             return
+        self._leaving = True
         if self._journal is not None:
             self._journal.on_change.remove(self._journal_changed)
         earlier = set(self._tasks)
         self._dispatch(Stopping())
+        if self._network is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._departed.wait(), 2 * LEAVE_ROUNDS * LEAVE_ROUND_S)
+            await self._network.forget_members()
+            await self._network.close()
         self._running = False
         if self._timer is not None:
             self._timer.cancel()
@@ -147,6 +229,8 @@ class Discovery:
         await asyncio.gather(*earlier, *leaving, return_exceptions=True)
         for _, watcher in self._watchers:
             watcher.cancel()
+        for asked in self._keys_asked.values():
+            asked.cancel()
 
     async def handle(self, request: bytes) -> bytes:
         """The answer to a peer's call, without its prefix. Raises `ProtocolError`; may wait (a long poll)."""
@@ -182,10 +266,20 @@ class Discovery:
         return [
             Member(
                 own.name, own.role, MemberState.ALIVE, own.address, own.epoch, own.protocol_version,
-                self._clock(), 0.0, self.local_head, own.meta,
+                self._clock(), 0.0, self.local_head, own.meta, **self._own_gossip(),
             ),
             *self._membership.members(),
         ]  # fmt: skip
+
+    def _own_gossip(self) -> dict[str, Any]:
+        """What only a member by gossip has."""
+        if self._network is None or not isinstance(self._membership, GossipMembership):
+            return {}
+        return {
+            "gossip_address": self._network.address,
+            "incarnation": self._membership.swim.own.incarnation,
+            "public_key": self._membership.public_key,
+        }
 
     def member(self, name: str) -> Member | None:
         """Another process, by name."""
@@ -204,7 +298,8 @@ class Discovery:
         """A copy of the counters."""
         publisher = self._core.publisher
         return DiscoveryStats(
-            pings=replace(self._membership.counters),
+            pings=replace(self._membership.counters) if isinstance(self._membership, StaticMembership) else None,
+            gossip=self._gossip_stats(),
             following=replace(self._core.follower_counters),
             followers=self._core.followers,
             map_entries=self.map.entries,
@@ -215,6 +310,33 @@ class Discovery:
             protocol_errors=self._protocol_errors,
             unexpected_errors=self._unexpected_errors,
         )
+
+    def _gossip_stats(self) -> GossipStats | None:
+        if self._network is None or not isinstance(self._membership, GossipMembership):
+            return None
+        swim = self._membership.swim
+        return GossipStats(
+            protocol=replace(swim.counters),
+            members=replace(self._membership.counters),
+            network=replace(self._network.counters),
+            keys=replace(self._membership.keys.counters),
+            rumours=swim.rumours,
+            health=swim.health,
+        )
+
+    async def keys(self, operation: Operation, key: bytes = b"") -> KeysResult:
+        """List the gossip keys of all nodes, or change them on all. Ends after some seconds at the latest."""
+        if not isinstance(self._membership, GossipMembership) or not self._running:
+            error = "this node has no gossip keys: its membership is static"
+            return KeysResult(operation, "", (), error)
+        self._next_token += 1
+        token = self._next_token
+        self._keys_asked[token] = asyncio.get_running_loop().create_future()
+        try:
+            self._dispatch(KeysAsked(token, operation, key))
+            return await self._keys_asked[token]
+        finally:
+            del self._keys_asked[token]
 
     async def wait_for(self, seen: Callable[[], bool], *, timeout_s: float) -> bool:
         """Wait until `seen()` holds; it is asked after each event. False when it does not within `timeout_s`."""
@@ -233,7 +355,7 @@ class Discovery:
 
     # --- events and actions --------------------------------------------------------------------------------------
 
-    def _dispatch(self, event: Event) -> None:
+    def _dispatch(self, event: Event | SwimEvent) -> None:
         if not self._running:
             return
         try:
@@ -260,10 +382,19 @@ class Discovery:
                 reply = self._replies.get(token)
                 if reply is not None and not reply.done():
                     reply.set_exception(ProtocolError(reason))
+            case Notify(KeysAnswered(token, result)):
+                asked = self._keys_asked.get(token)
+                if asked is not None and not asked.done():
+                    asked.set_result(result)
             case Notify(event):
                 _tell(event)
+            case Departed():
+                self._departed.set()
+            case Remember() if self._leaving:
+                pass  # who left on purpose does not come back by itself
             case _:
-                raise AssertionError(f"{action} is the core's own")
+                performed = self._network is not None and self._network.perform(action)
+                assert performed, f"nobody performs {action}"
 
     async def _ask(self, call: Call) -> None:
         """Make one call, and report how it ended."""
@@ -327,6 +458,10 @@ def _tell(event: object) -> None:
         case Conflict(name, address, other_address):
             _log.warning(
                 "two processes are called %s: %s and %s; give one another --name", name, address, other_address
+            )
+        case JoinFailed(reasons, retry_in_s):
+            _log.warning(
+                "no node answers that is to be joined; trying again in %.0f s: %s", retry_in_s, "; ".join(reasons)
             )
         case HeadTold():
             pass

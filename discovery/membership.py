@@ -37,7 +37,8 @@ class Member:
 
     name: str
     role: str
-    """"agent", "controller" or "router"."""
+    """"agent", "controller" or "router"; for a member of another application that shares the gossip, what it calls
+    itself."""
     state: MemberState
     address: str
     """Where its transport is reached from here."""
@@ -50,6 +51,13 @@ class Member:
     head: Head | None
     """The newest that it told of its journal; None when it has none."""
     meta: Mapping[str, str]
+    head_at: float | None = None
+    """When that head was told, on the clock of this process. None: it never was."""
+    gossip_address: str = ""
+    """Where gossip reaches it; empty in a static membership."""
+    incarnation: int = 0
+    """How often it spoke up for itself; always 0 in a static membership."""
+    public_key: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,7 @@ from kvmesh.transport.limits import (
 )
 
 if TYPE_CHECKING:
+    from kvmesh.discovery.keying import Operation
     from kvmesh.tensors import Value
 
 ReplyT = TypeVar("ReplyT", bound=protocol.Message)
@@ -207,6 +208,10 @@ class Mesh:
     def stats(self) -> dict[str, Any]:
         """The local agent's counters: its store, its transport, its fetches, its discovery."""
         return self._query(queries.Stats())
+
+    def keys(self, operation: Operation, key: bytes = b"") -> dict[str, Any]:
+        """The gossip keys of all nodes, or a change of them on all nodes: what ``kvmesh keys --json`` prints."""
+        return self._query(queries.Keys(operation, key))
 
     # --- its end ---------------------------------------------------------------------------------------------------
     def close(self) -> None:

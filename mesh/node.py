@@ -16,8 +16,13 @@ from contextlib import AsyncExitStack
 from dataclasses import asdict
 from typing import Any, Literal
 
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
 from kvmesh import discovery, queries
-from kvmesh.discovery import Discovery, Identity, Journal
+from kvmesh.discovery import Discovery, Gossip, Identity, Journal
+from kvmesh.discovery.network import open_network, read_members_file
+from kvmesh.discovery.swim.profile import PROFILES
+from kvmesh.discovery.wire.keyring import Keyring
 from kvmesh.host import host_facts
 from kvmesh.settings import NodeSettings
 from kvmesh.transport import CallHandler, ChunkSource, Transport, open_zmq
@@ -27,6 +32,9 @@ Role = Literal["agent", "controller"]
 OpenTransport = Callable[[str, int, ChunkSource | None, CallHandler], Awaitable[Transport]]
 """What opens a transport at (host, port): `kvmesh.transport.open_zmq`, or a network in memory."""
 Ready = Callable[[dict[str, Any]], None]
+_INCARNATIONS_SINCE = 1_577_836_800
+"""2020, in seconds of the wall clock: incarnations begin with the seconds since then, which fit into 32 bits until
+2156. A node that starts again is believed at once; were its clock set back, it would have to refute its old self."""
 
 
 class Node:
@@ -37,6 +45,7 @@ class Node:
         self.role = role
         self.epoch = epoch
         self.transport: Transport
+        self.gossip: Gossip | None = None
         self.discovery: Discovery
         self.queries: queries.Queries
 
@@ -45,7 +54,8 @@ class Node:
         if request.startswith(discovery.CALL_PREFIX):
             return await self.discovery.handle(request[1:])
         if request.startswith(queries.CALL_PREFIX):
-            return self.queries.answer(request[1:])
+            answer = self.queries.answer(request[1:])
+            return answer if isinstance(answer, bytes) else await answer()
         raise ProtocolError("a call of an unknown kind: the peer's version of kvmesh differs")
 
     def facts(self) -> dict[str, Any]:
@@ -56,7 +66,7 @@ class Node:
             "pid": os.getpid(),
             "epoch": self.epoch,
             "mesh_address": self.transport.address,
-        }
+        } | ({} if self.gossip is None else {"gossip_address": self.gossip.network.address})
 
     def stats(self) -> dict[str, Any]:
         """The counters of transport and discovery."""
@@ -82,6 +92,9 @@ async def open_node(
     node = Node(settings.name, role, epoch)
     node.transport = await open_transport(settings.bind, settings.mesh_port, source, node.handle)
     stack.push_async_callback(node.transport.close)
+    if settings.membership == "gossip":
+        node.gossip = await _open_gossip(settings)
+        stack.push_async_callback(node.gossip.network.close)
     identity = Identity(
         name=settings.name,
         role=role,
@@ -89,9 +102,35 @@ async def open_node(
         address=node.transport.address,
         meta=host_facts().to_meta(),
     )
-    node.discovery = Discovery(identity, node.transport.call, journal, settings.join)
+    node.discovery = Discovery(identity, node.transport.call, journal, settings.join, gossip=node.gossip)
     node.queries = queries.Queries(node.discovery, lambda: node.stats() | stats())
     return node
+
+
+async def _open_gossip(settings: NodeSettings) -> Gossip:
+    """The network of a membership by gossip, which listens. Raises `SettingsError` for a port that is taken, and for a
+    key file that cannot be used."""
+    keyring, key_file = None, settings.key_file
+    if key_file is not None:
+        keyring = Keyring.load(key_file)
+    network = await open_network(
+        settings.bind,
+        settings.gossip_port,
+        name=settings.name,
+        advertise=settings.advertise or None,
+        keyring=keyring,
+        label=settings.label,
+        members_file=settings.members_file,
+    )
+    return Gossip(
+        network=network,
+        profile=PROFILES[settings.profile],
+        known=read_members_file(settings.members_file),
+        incarnation=max(1, int(time.time()) - _INCARNATIONS_SINCE),
+        public_key=X25519PrivateKey.generate().public_key().public_bytes_raw(),
+        keyring=keyring,
+        save_keys=lambda: keyring.save(key_file) if keyring is not None and key_file is not None else None,
+    )
 
 
 def live(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:

@@ -1,21 +1,26 @@
-"""Questions about the cluster, and their answers: what `kvmesh nodes`, `map` and `locate` show.
+"""Questions about the cluster, and their answers: what `kvmesh nodes`, `map`, `locate` and `keys` show.
 
 Agents and controllers answer them alike: an agent on its unix socket, both on the mesh port (a call that begins with
 `CALL_PREFIX`). A question is a tagged msgpack array, an answer a JSON document whose fields programs rely on
 (design.md, "Public surface"): add fields, rename none. An answer shows what this process has seen. It is a hint: only a
-node says what it holds.
+node says what it holds. One question changes something, and takes other nodes to answer: `Keys`.
 """
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any
 
 import msgspec
 
 from kvmesh import protocol
 from kvmesh.discovery import Discovery, Member, MemberState
+from kvmesh.discovery.keying import KeysResult, Operation
+from kvmesh.discovery.meta import public_key_text
+from kvmesh.discovery.wire.keyring import KEY_SIZES
 from kvmesh.transport.errors import ProtocolError
 
 CALL_PREFIX = b"Q"
@@ -43,7 +48,16 @@ class Stats(_Question, frozen=True, tag="stats"):
     """What has this process counted?"""
 
 
-Question = Nodes | Map | Locate | Stats
+class Keys(_Question, frozen=True, tag="keys"):
+    """List the gossip keys of all nodes, or change them on all nodes. The key is empty for a list."""
+
+    operation: Operation
+    key: Annotated[bytes, msgspec.Meta(max_length=max(KEY_SIZES))] = b""
+
+
+Question = Nodes | Map | Locate | Stats | Keys
+Later = Callable[[], Coroutine[Any, Any, bytes]]
+"""What gets an answer that takes other nodes."""
 _decoder: msgspec.msgpack.Decoder[Question] = msgspec.msgpack.Decoder(Question)
 
 
@@ -60,8 +74,9 @@ class Queries:
         self._discovery = discovery
         self._stats = stats
 
-    def answer(self, body: bytes) -> bytes:
-        """The JSON document that answers `body`. Raises `ProtocolError` when it is no question."""
+    def answer(self, body: bytes) -> bytes | Later:
+        """The JSON document that answers `body`, or what gets it from others. Raises `ProtocolError` when it is no
+        question."""
         try:
             question = _decoder.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -75,6 +90,8 @@ class Queries:
                 document = self.locate(protocol.unpack_keys(question.keys))
             case Stats():
                 document = self._stats()
+            case Keys():
+                return functools.partial(self._keys, question)
         return msgspec.json.encode(document)
 
     def nodes(self) -> dict[str, Any]:
@@ -95,12 +112,19 @@ class Queries:
                     "chunks": totals.chunks if totals else 0,
                     "bytes": totals.size_bytes if totals else 0,
                     "rtt_s": None if member.name == own else member.rtt_s,
-                    "head_age_s": round(max(0.0, now - member.last_seen), 3),
+                    "head_age_s": 0.0 if member.name == own and member.head else head_age_s(member, now),
                     "up_s": up_s(member),
+                    "gossip_address": member.gossip_address or None,
+                    "incarnation": member.incarnation,
+                    "public_key": public_key_text(member.public_key) or None,
                     "meta": dict(member.meta),
                 }
             )
         return {"nodes": found}
+
+    async def _keys(self, question: Keys) -> bytes:
+        result = await self._discovery.keys(question.operation, question.key)
+        return msgspec.json.encode(keys_document(result))
 
     def map(self) -> dict[str, Any]:
         """Totals by namespace and by node."""
@@ -146,10 +170,43 @@ class Queries:
         }
 
 
+def keys_document(result: KeysResult) -> dict[str, Any]:
+    """How an operation on the gossip keys went: by node, and by key over all nodes that answered."""
+    held = Counter(key for node in result.nodes for key in node.fingerprints)
+    primary = Counter(node.fingerprints[0] for node in result.nodes if node.fingerprints)
+    return {
+        "operation": result.operation,
+        "fingerprint": result.fingerprint or None,
+        "done": result.is_done,
+        "error": result.error or None,
+        "keys": [
+            {"fingerprint": key, "nodes": nodes, "primary_nodes": primary[key]} for key, nodes in held.most_common()
+        ],
+        "nodes": [
+            {
+                "name": node.name,
+                "status": node.status,
+                "error": node.error or None,
+                "fingerprints": list(node.fingerprints),
+            }
+            for node in result.nodes
+        ],
+    }
+
+
+def head_age_s(member: Member, now: float) -> float | None:
+    """How long ago a member told the head that is known of it; None when it has none."""
+    if member.head is None:
+        return None
+    # A static membership has no time of its own for a head: each ping brings it.
+    told_at = member.last_seen if member.head_at is None else member.head_at
+    return round(max(0.0, now - told_at), 3)
+
+
 def up_s(member: Member) -> float | None:
     """How long a member has been up, by its epoch (milliseconds of its wall clock at its start); None when it is
-    not."""
-    if member.state in (MemberState.FAILED, MemberState.LEFT):
+    not, or is of another application."""
+    if member.state in (MemberState.FAILED, MemberState.LEFT) or not member.epoch:
         return None
     return round(max(0.0, time.time() - member.epoch / 1000), 1)
 

@@ -3,8 +3,9 @@
 A session is the owner of all that its client has in the store. When the connection closes (the client exits, crashes,
 is killed, or breaks the protocol) everything goes back at once: the kernel tells us, no timer does.
 
-Requests that need no peer are answered where they arrive, without a task. A `Get` that waits for peers is a task of its
-own, so one slow chain never holds up the requests behind it; a connection has at most `CLIENT_REQUESTS_MAX` of them.
+Requests that need no peer are answered where they arrive, without a task. A `Get` or a question that waits for peers is
+a task of its own, so one slow chain never holds up the requests behind it; a connection has at most
+`CLIENT_REQUESTS_MAX` of them.
 Runs on the agent's loop. It never touches chunk bytes.
 """
 
@@ -14,9 +15,9 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from kvmesh import protocol, spaces
 from kvmesh.arena import Arena
@@ -40,8 +41,8 @@ log = logging.getLogger(__name__)
 class Asked(Protocol):
     """Answers questions about the cluster."""
 
-    def answer(self, body: bytes) -> bytes:
-        """The JSON document that answers `body`. Raises `ProtocolError`."""
+    def answer(self, body: bytes) -> bytes | Callable[[], Coroutine[Any, Any, bytes]]:
+        """The JSON document that answers `body`, or what gets it from other nodes. Raises `ProtocolError`."""
 
 
 @dataclass(slots=True)
@@ -164,7 +165,13 @@ class Session(asyncio.Protocol):
             case protocol.Delete():
                 return protocol.Counted(request.id, sum(store.delete(k) for k in protocol.unpack_keys(request.keys)))
             case protocol.Query():
-                return protocol.Answer(request.id, self._desk.queries.answer(request.body))
+                answer = self._desk.queries.answer(request.body)
+                if isinstance(answer, bytes):
+                    return protocol.Answer(request.id, answer)
+                if len(self._tasks) >= CLIENT_REQUESTS_MAX:
+                    raise CallerError("this connection has too many requests open: wait for some to end")
+                self._spawn(self._answer_later(request.id, answer))
+                return None
             case protocol.Hello():
                 raise ProtocolError("it said hello twice")
 
@@ -218,6 +225,18 @@ class Session(asyncio.Protocol):
         deadline = time.monotonic() + _bounded(request.deadline_s)
         return len(self._desk.fetcher.want(None, request.space_id, space.chunk_bytes, keys, deadline))
 
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """What waits for peers is a task; it ends with the connection."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer_later(self, id_: int, answer: Callable[[], Coroutine[Any, Any, bytes]]) -> None:
+        try:
+            self._send(protocol.Answer(id_, await answer()))
+        except CallerError as error:
+            self._send(protocol.failure(id_, error))
+
     # --- get -------------------------------------------------------------------------------------------------------
     def _get(self, request: protocol.Get) -> None:
         space = self._space(request.space_id)
@@ -238,9 +257,7 @@ class Session(asyncio.Protocol):
             raise CallerError("this connection has too many requests or leases open: wait for some to end")
         else:
             job = _Get(request, space, keys, local, now + _bounded(request.deadline_s))
-            task = asyncio.create_task(self._fetch(job))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._spawn(self._fetch(job))
 
     def _release(self, chunks: Iterable[Chunk]) -> None:
         for chunk in chunks:

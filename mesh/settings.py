@@ -11,12 +11,20 @@ import re
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kvmesh.transport.errors import SettingsError
-from kvmesh.transport.limits import ARENA_BYTES_DEFAULT, EXTENT_ALIGNMENT_BYTES, NAME_BYTES_MAX
+from kvmesh.transport.limits import ARENA_BYTES_DEFAULT, EXTENT_ALIGNMENT_BYTES, LABEL_BYTES_MAX, NAME_BYTES_MAX
+
+if TYPE_CHECKING:
+    from ipaddress import IPv4Address, IPv6Address
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 MESH_PORT_DEFAULT = 7950
+GOSSIP_PORT_DEFAULT = 7951
+MEMBERSHIPS = ("gossip", "static")
+PROFILES = ("lan", "wan", "local", "memberlist-lan")
+"""The names of `kvmesh.discovery.swim.profile.PROFILES`, which is not imported here."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 SOCKET_PATH_BYTES_MAX = 107
 """What fits into the kernel's ``sockaddr_un``; a longer path fails at bind with a message that says nothing."""
@@ -33,6 +41,19 @@ def socket_default() -> Path:
     return Path("/tmp") / f"kvmesh-{os.getuid()}" / "agent.sock"  # noqa: S108 - the agent makes it 0700 and checks its owner
 
 
+def state_dir_default() -> Path:
+    """Where processes keep what they want to know after a crash, when nobody says otherwise."""
+    if state := os.environ.get("XDG_STATE_HOME"):
+        return Path(state) / "kvmesh"
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = Path()
+    if home.is_absolute() and os.access(home, os.W_OK | os.X_OK):
+        return home / ".local" / "state" / "kvmesh"
+    return Path("/tmp") / f"kvmesh-{os.getuid()}"  # noqa: S108 - whoever writes there makes it 0700 and checks its owner
+
+
 def name_default() -> str:
     """A node's name when none is given: the host's."""
     return socket.gethostname().split(".")[0] or "node"
@@ -47,15 +68,32 @@ class NodeSettings:
     mesh_port: int = MESH_PORT_DEFAULT
     """0: any free port."""
     join: tuple[str, ...] = ()
-    """Mesh addresses of peers, ``HOST:PORT``."""
+    """Addresses of peers, ``HOST:PORT``: where they gossip, or with a static membership where their mesh port is."""
     log_level: str = "info"
+    membership: str = "gossip"
+    gossip_port: int = GOSSIP_PORT_DEFAULT
+    """0: any free port, the same for UDP and TCP."""
+    advertise: str = ""
+    """``IP[:PORT]`` that others are told for this node's gossip; the IP goes with the mesh port, too. Empty: what is
+    listened on."""
+    profile: str = "lan"
+    label: str = ""
+    """Packets of a mesh with another label are refused."""
+    key_file: Path | None = None
+    """The gossip keys, one a line in base64, the primary first. None: gossip is not encrypted."""
+    state_dir: Path = field(default_factory=state_dir_default)
+
+    @property
+    def members_file(self) -> Path:
+        """Where the last known members are kept, to find them again after a crash."""
+        return self.state_dir / f"{self.name}.members"
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name) or len(self.name) > NAME_BYTES_MAX:
             raise SettingsError(
                 f"--name {self.name!r}: use letters, digits, '.', '_' and '-', at most {NAME_BYTES_MAX} of them"
             )
-        if self.bind not in LOOPBACK_HOSTS:
+        if not is_loopback(self.bind):
             raise SettingsError(
                 f"--bind {self.bind}: kvmesh listens on loopback only, since peers are not authenticated yet; "
                 "use --bind 127.0.0.1"
@@ -63,8 +101,18 @@ class NodeSettings:
         parse_port(str(self.mesh_port))
         for address in self.join:
             parse_address(address, flag="--join")
-        if self.log_level not in LOG_LEVELS:
-            raise SettingsError(f"--log-level {self.log_level!r}: use one of {', '.join(LOG_LEVELS)}")
+        _one_of("--log-level", self.log_level, LOG_LEVELS)
+        _one_of("--membership", self.membership, MEMBERSHIPS)
+        parse_port(str(self.gossip_port), flag="--gossip-port")
+        if self.advertise:
+            parse_advertise(self.advertise)
+        _one_of("--profile", self.profile, PROFILES)
+        if len(self.label.encode()) > LABEL_BYTES_MAX:
+            raise SettingsError(f"--label: use at most {LABEL_BYTES_MAX} bytes")
+        if self.key_file is not None and self.membership == "static":
+            raise SettingsError(
+                "--key-file encrypts gossip, which --membership static does without: give one of the two"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +152,39 @@ def parse_port(text: str, *, flag: str = "--mesh-port") -> int:
     if not re.fullmatch(r"\d{1,5}", text) or int(text) > 65535:
         raise SettingsError(f"{flag} {text}: use a port from 1 to 65535, or 0 for any free one")
     return int(text)
+
+
+def parse_advertise(text: str) -> tuple[str, int | None]:
+    """(IP address, port or None) from ``IP``, ``IP:PORT``, ``[IPv6]`` or ``[IPv6]:PORT``. Gossip carries addresses, not
+    names."""
+    match = re.fullmatch(r"(?:\[([^\[\]]+)\]|([^\[\]:]+))(?::(\d{1,5}))?", text)
+    host, port = (match[1] or match[2], match[3]) if match else (text, None)
+    address = _ip(host)
+    if address is None or address.is_unspecified or (port is not None and not 0 < int(port) <= 65535):
+        raise SettingsError(f"--advertise {text!r} is not an address: write IP or IP:PORT, for example 10.0.0.5:7951")
+    return str(address), None if port is None else int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only processes of this host can reach what listens there: 127.0.0.0/8, ``::1``, ``localhost``."""
+    address = _ip(host)
+    if address is None:
+        return host == "localhost"
+    return address.is_loopback and (address.version == 4 or str(address) == "::1")
+
+
+def _ip(text: str) -> IPv4Address | IPv6Address | None:
+    from ipaddress import ip_address  # here, not above: `kvmesh --help` does without
+
+    try:
+        return ip_address(text)
+    except ValueError:
+        return None
+
+
+def _one_of(flag: str, value: str, values: tuple[str, ...]) -> None:
+    if value not in values:
+        raise SettingsError(f"{flag} {value!r}: use one of {', '.join(values)}")
 
 
 def parse_address(text: str, *, flag: str) -> tuple[str, int]:

@@ -17,10 +17,11 @@ import msgspec
 
 from kvmesh import protocol, queries
 from kvmesh.client import connect
+from kvmesh.discovery.keying import ROUNDS_MAX, Operation
 from kvmesh.settings import MESH_PORT_DEFAULT, socket_default
 from kvmesh.transport import Transport, open_zmq
 from kvmesh.transport.errors import AgentUnavailableError, ProtocolError, UnreachableError
-from kvmesh.transport.limits import CALL_TIMEOUT_S
+from kvmesh.transport.limits import CALL_TIMEOUT_S, KEYS_ROUND_S
 
 
 class View(Protocol):
@@ -30,6 +31,7 @@ class View(Protocol):
     def map(self) -> dict[str, Any]: ...
     def locate(self, chain: Sequence[bytes]) -> dict[str, Any]: ...
     def stats(self) -> dict[str, Any]: ...
+    def keys(self, operation: Operation, key: bytes = b"") -> dict[str, Any]: ...
     def close(self) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(
@@ -89,6 +91,10 @@ class ControllerView(AbstractContextManager["ControllerView"]):
         """The counters of the process that answers."""
         return self._ask(queries.Stats())
 
+    def keys(self, operation: Operation, key: bytes = b"") -> dict[str, Any]:
+        """See `kvmesh.client.Mesh.keys`."""
+        return self._ask(queries.Keys(operation, key), timeout_s=CALL_TIMEOUT_S + ROUNDS_MAX * KEYS_ROUND_S)
+
     def close(self) -> None:
         """Disconnect."""
         self._runner.run(self._transport.close())
@@ -99,10 +105,10 @@ class ControllerView(AbstractContextManager["ControllerView"]):
     ) -> None:
         self.close()
 
-    def _ask(self, question: queries.Question) -> dict[str, Any]:
+    def _ask(self, question: queries.Question, timeout_s: float = CALL_TIMEOUT_S) -> dict[str, Any]:
         request = queries.CALL_PREFIX + queries.encode(question)
         try:
-            answer = self._runner.run(self._transport.call(self._address, request, timeout_s=CALL_TIMEOUT_S))
+            answer = self._runner.run(self._transport.call(self._address, request, timeout_s=timeout_s))
         except UnreachableError:
             raise AgentUnavailableError(
                 f"nothing answers at {self._address}: start `kvmesh controller`, or give its mesh address"

@@ -174,6 +174,90 @@ ADDRESS_CHARS_MAX: Final = 300
 META_ITEMS_MAX: Final = 32
 META_CHARS_MAX: Final = 512
 """One value of a member's meta."""
+PACKET_BYTES_MAX: Final = 65_535
+"""One packet of gossip as it is read, and what a compressed one may hold. What is sent stays far below it."""
+GOSSIP_MAP_BYTES_MAX: Final = 4 * KIB
+"""The map of one gossip message. The longest of ours are below 1 KiB; a newer peer may have more fields."""
+GOSSIP_FIELDS_MAX: Final = 32
+"""Fields of one gossip message, and of any list in a field that we do not know."""
+ACK_PAYLOAD_BYTES_MAX: Final = 1 * KIB
+"""Bytes of the application in an ack. Serf's coordinates are some 150."""
+PACKET_MESSAGES_MAX: Final = 255
+"""Messages in one packet, over all compounds in compounds: one compound has no more."""
+WRAPPINGS_MAX: Final = 4
+"""Compounds and compressions around a message. A peer sends two: a compound, compressed."""
+STREAM_BYTES_MAX: Final = 8 * MIB
+"""One message over a stream, and what a compressed one may hold. memberlist's bound is 20 MiB; the state of `PEERS_MAX`
+nodes with the longest names and metas is 3 MiB, and decompressing takes the loop's time."""
+PUSHED_NODES_MAX: Final = 2 * PEERS_MAX
+"""Nodes in one push/pull: the dead are told for a while beside the living."""
+KEY_FILE_BYTES_MAX: Final = 16 * KIB
+LABEL_BYTES_MAX: Final = 255
+"""A cluster's label: its length travels in one byte."""
+GOSSIP_NODES_MAX: Final = PEERS_MAX
+"""Nodes that a membership by gossip knows, gone ones included."""
+RUMOURS_MAX: Final = PEERS_MAX
+"""Rumours that wait to be told; of one node only the newest waits."""
+INCARNATION_MAX: Final = (1 << 32) - 1
+RELAYS_MAX: Final = 1024
+"""Probes that a node makes for others at once."""
+JOIN_DIALS_MAX: Final = 8
+"""Addresses of seeds that one round of joining tries: one is enough, and a service may name hundreds."""
+JOIN_RETRY_S: Final = 1.0
+"""After a round of joining in which nobody answered; it doubles up to the bound below."""
+JOIN_RETRY_S_MAX: Final = 30.0
+SEED_RETRY_S: Final = 60.0
+"""How often a seed that is no member is tried again, by a node that has found others: two meshes that were begun apart
+find each other."""
+SEED_ADDRESSES_MAX: Final = 1024
+"""Addresses of one seed that are looked at."""
+MEMBERS_REMEMBERED_MAX: Final = 64
+"""Members whose addresses are kept in a file for the next start."""
+TIMER_LATE_S: Final = 1.0
+"""A timer that is late by so much was not late because of work: this process did not run."""
+REMEMBER_S: Final = 1.0
+"""From a change of the members until they are remembered."""
+PACKETS_PER_TURN: Final = 64
+"""Packets that are read before timers and streams get their turn."""
+RECEIVE_BUFFER_BYTES: Final = 4 * MIB
+"""Asked of the kernel for gossip's packets."""
+STREAM_READ_BYTES: Final = 64 * KIB
+STREAM_SERVE_TIMEOUT_S: Final = 10.0
+"""For a peer's whole stream, its message and our answer."""
+STREAMS_SERVED_MAX: Final = 128
+"""Streams of peers at once: memberlist's bound on push/pulls."""
+STREAMS_OPENED_MAX: Final = 1024
+"""Streams of our own at once: a change of keys opens one to each member."""
+STREAM_BACKLOG: Final = 128
+PORT_TRIES_MAX: Final = 16
+"""Attempts to find a port that is free for UDP and TCP alike."""
+RESOLVE_TIMEOUT_S: Final = 5.0
+MEMBERS_FILE_BYTES_MAX: Final = 64 * KIB
+WIRE_WARNING_INTERVAL_S: Final = 60.0
+"""Between two warnings that packets of one kind are refused."""
+LEAVE_ROUNDS: Final = 3
+LEAVE_ROUND_S: Final = 0.1
+LEAVE_PACKETS_MAX: Final = 64
+"""Members that a leaving node tells itself, in each of its rounds; they tell the others."""
+HEAD_INTERVAL_S: Final = 1.0
+"""Between two heads of one node in gossip. Followers read the journal itself: heads are for those that missed it."""
+NODE_META_BYTES_MAX: Final = 512
+"""What a node says of itself in gossip: memberlist's own bound, which every peer enforces."""
+PUBLIC_KEY_BYTES: Final = 32
+SERF_STATE_BYTES_MAX: Final = 1 * MIB
+"""The state of the application in one push/pull, ours or a Serf agent's: some 20,000 heads."""
+SERF_NAMES_MAX: Final = PEERS_MAX
+"""Names whose last intent, to join or to leave, is remembered. Beyond it the oldest goes: it would be told on once more
+if it came again."""
+LAMPORT_TIME_MAX: Final = 1 << 62
+"""A logical time beyond it is no time but an attempt to make the clocks of all overflow."""
+KEYS_ROUND_S: Final = 2.0
+"""How long nodes have to answer one question about gossip keys; a change of keys takes two rounds."""
+KEYS_REMEMBERED_MAX: Final = 1024
+"""Questions about gossip keys whose numbers are remembered, so that one that is repeated is refused."""
+KEYS_PER_RING_MAX: Final = 16
+"""Gossip keys that one node may hold at once: a rotation needs two, and each costs an attempt at every packet."""
+KEYS_ERROR_CHARS_MAX: Final = 256
 
 # --- engines ---------------------------------------------------------------------------------------------------------
 ENGINE_DEADLINE_MIN_S: Final = 0.05

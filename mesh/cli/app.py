@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import chunks, look, machine, processes
+from . import chunks, gossipkeys, look, machine, processes
 
 
 def _version(wanted: bool) -> None:
@@ -36,11 +36,13 @@ for command in (
     look.nodes,
     look.map_,
     look.locate,
+    gossipkeys.keys,
     chunks.put,
     chunks.get,
     chunks.pin,
     chunks.unpin,
     chunks.evict,
+    gossipkeys.keygen,
     machine.doctor,
     machine.demo,
 ):

@@ -1,11 +1,11 @@
 """The TOML file of the long-running commands: the same names as the flags, at the top or in a table for one command.
 
     name = "n1"                      # what is at the top holds for every command that has the flag
-    join = ["10.0.0.1:7950"]
+    join = ["10.0.0.1:7951"]
     memory = "64GiB"
 
     [controller]                     # what is in a command's table wins over the top
-    mesh-port = 7951
+    mesh-port = 7960
 
 A name may be written with '-' or '_'. A name that no flag has is an error: a misspelt setting must not pass in silence.
 """
@@ -28,6 +28,13 @@ NODE_NAMES: dict[str, tuple[type, ...]] = {
     "mesh_port": (int,),
     "join": (list, str),
     "log_level": (str,),
+    "membership": (str,),
+    "gossip_port": (int,),
+    "advertise": (str,),
+    "profile": (str,),
+    "label": (str,),
+    "key_file": (str,),
+    "state_dir": (str,),
 }
 AGENT_NAMES: dict[str, tuple[type, ...]] = {"memory": (str, int), "socket": (str,)}
 COMMANDS = {"agent": {**NODE_NAMES, **AGENT_NAMES}, "controller": NODE_NAMES}

@@ -46,7 +46,10 @@ def nodes(
     controller: ControllerAddress = None,
     as_json: AsJson = False,
 ) -> int:
-    """Show the nodes: their state, address, and what they hold."""
+    """Show the nodes: their state, address, and what they hold.
+
+    "head" is how long ago a node's newest head was told, "rtt" the round trip from the process that answers.
+    """
     if watch and as_json:
         raise SettingsError("--watch and --json exclude each other: --json prints one document; repeat the command")
     if watch:
@@ -65,10 +68,11 @@ NODE_COLUMNS = (
     Column("role"),
     Column("state"),
     Column("address"),
+    Column("epoch", number=True, wide=True),
     Column("up", number=True, wide=True),
     Column("chunks", number=True),
     Column("bytes", number=True),
-    Column("seen", number=True, wide=True),
+    Column("head", number=True, spare=True),
     Column("rtt", number=True),
     Column("host", name=True, wide=True),
 )
@@ -82,6 +86,7 @@ def node_rows(document: Document) -> list[list[str]]:
             node["role"],
             node["state"],
             node["address"],
+            str(node["epoch"] or NOTHING),
             human_age(node.get("up_s")),
             human_count(node["chunks"]),
             human_bytes(node["bytes"]),

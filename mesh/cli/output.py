@@ -1,7 +1,7 @@
 """How answers look: JSON for programs; tables, sizes and ages for people.
 
 A table takes the width of its content. Where the terminal is narrower, columns that a reader can do without are left
-out (`Column.wide`), and names are folded, never cut. Into a pipe goes plain text, one line a row.
+out (`Column.wide`, `Column.spare`), and names are folded, never cut. Into a pipe goes plain text, one line a row.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 GAP = 2
 """Between two columns of a table."""
+NAME_CELLS_MIN = 12
+"""What a name gets at least, where that is possible: below it, a fold looks like a riddle."""
 PIPE_COLUMNS = 4096
 """Into a pipe nothing is folded."""
 
@@ -51,6 +53,8 @@ class Column:
     """May be folded when the terminal is narrow; nothing else is."""
     wide: bool = False
     """Left out where the table would be wider than the terminal."""
+    spare: bool = False
+    """Left out where names would have less than `NAME_CELLS_MIN`, and all wide ones are gone already."""
 
 
 def console() -> Console:
@@ -96,11 +100,20 @@ def _shown(columns: Sequence[Column], rows: Sequence[Sequence[str]], columns_wid
     # A column without a single value would only take the place of one that has some.
     shown = [index for index in range(len(columns)) if not rows or any(row[index] not in ("", NOTHING) for row in rows)]
     widths = [max(map(cell_len, (column.title, *(row[i] for row in rows)))) for i, column in enumerate(columns)]
+    least = [min(width, NAME_CELLS_MIN) if columns[i].name else width for i, width in enumerate(widths)]
     for index in [index for index in reversed(shown) if columns[index].wide]:
-        if sum(widths[i] + GAP for i in shown) - GAP <= columns_wide:
+        if _wide(shown, widths) <= columns_wide:
+            break
+        shown.remove(index)
+    for index in [index for index in reversed(shown) if columns[index].spare]:
+        if _wide(shown, least) <= columns_wide:
             break
         shown.remove(index)
     return shown
+
+
+def _wide(shown: Sequence[int], widths: Sequence[int]) -> int:
+    return sum(widths[index] + GAP for index in shown) - GAP
 
 
 NOTHING = "-"

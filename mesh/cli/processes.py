@@ -15,14 +15,18 @@ from typing import Annotated, Any
 import typer
 
 from kvmesh.settings import (
+    GOSSIP_PORT_DEFAULT,
     LOG_LEVELS,
+    MEMBERSHIPS,
     MESH_PORT_DEFAULT,
+    PROFILES,
     AgentSettings,
     ControllerSettings,
     name_default,
     parse_port,
     parse_size,
     socket_default,
+    state_dir_default,
 )
 from kvmesh.transport.limits import ARENA_BYTES_DEFAULT, GIB
 
@@ -50,7 +54,62 @@ Join = Annotated[
     typer.Option(
         metavar="HOST:PORT",
         envvar="KVMESH_JOIN",
-        help="A peer's mesh address; repeat it for more. In the variable, separate them with spaces or commas.",
+        help="A peer's gossip address; repeat it for more. A DNS name stands for all its addresses. "
+        "In the variable, separate them with spaces or commas.",
+    ),
+]
+GossipPort = Annotated[
+    str,
+    typer.Option(
+        metavar="N", envvar="KVMESH_GOSSIP_PORT", help="The port for gossip, UDP and TCP; 0 takes any free one."
+    ),
+]
+Membership = Annotated[
+    str,
+    typer.Option(
+        metavar="KIND",
+        envvar="KVMESH_MEMBERSHIP",
+        help=f"How peers are found: {', '.join(MEMBERSHIPS)}. Static: --join lists mesh addresses.",
+    ),
+]
+Advertise = Annotated[
+    str,
+    typer.Option(
+        metavar="IP[:PORT]",
+        envvar="KVMESH_ADVERTISE",
+        show_default="what is listened on",
+        help="Where others reach this node's gossip; the IP goes with the mesh port, too.",
+    ),
+]
+Profile = Annotated[
+    str,
+    typer.Option(metavar="NAME", envvar="KVMESH_PROFILE", help=f"The network's kind: {', '.join(PROFILES)}."),
+]
+Label = Annotated[
+    str,
+    typer.Option(
+        metavar="TEXT",
+        envvar="KVMESH_LABEL",
+        show_default="none",
+        help="The mesh's label: gossip with another one is refused.",
+    ),
+]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        envvar="KVMESH_KEY_FILE",
+        show_default="gossip is not encrypted",
+        help="The gossip keys, one a line, the primary first; 'kvmesh keygen FILE' makes one.",
+    ),
+]
+StateDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        envvar="KVMESH_STATE_DIR",
+        show_default="of this user",
+        help="Where the last known members are kept, to rejoin after a crash.",
     ),
 ]
 LogLevel = Annotated[
@@ -75,7 +134,14 @@ def agent(
     name: Name = None,
     bind: Bind = "127.0.0.1",
     mesh_port: MeshPort = str(MESH_PORT_DEFAULT),
+    gossip_port: GossipPort = str(GOSSIP_PORT_DEFAULT),
     join: Join = None,
+    membership: Membership = MEMBERSHIPS[0],
+    advertise: Advertise = "",
+    profile: Profile = PROFILES[0],
+    label: Label = "",
+    key_file: KeyFile = None,
+    state_dir: StateDir = None,
     memory: Memory = MEMORY_DEFAULT,
     socket: Socket = None,
     log_level: LogLevel = "info",
@@ -88,6 +154,13 @@ def agent(
         mesh_port=parse_port(mesh_port),
         join=_addresses(join),
         log_level=log_level,
+        membership=membership,
+        gossip_port=parse_port(gossip_port, flag="--gossip-port"),
+        advertise=advertise,
+        profile=profile,
+        label=label,
+        key_file=key_file,
+        state_dir=state_dir or state_dir_default(),
         memory_bytes=parse_size(memory),
         socket=socket or socket_default(),
     )
@@ -103,7 +176,14 @@ def controller(
     name: Name = None,
     bind: Bind = "127.0.0.1",
     mesh_port: MeshPort = str(MESH_PORT_DEFAULT),
+    gossip_port: GossipPort = str(GOSSIP_PORT_DEFAULT),
     join: Join = None,
+    membership: Membership = MEMBERSHIPS[0],
+    advertise: Advertise = "",
+    profile: Profile = PROFILES[0],
+    label: Label = "",
+    key_file: KeyFile = None,
+    state_dir: StateDir = None,
     log_level: LogLevel = "info",
     as_json: AsJson = False,
 ) -> int:
@@ -114,6 +194,13 @@ def controller(
         mesh_port=parse_port(mesh_port),
         join=_addresses(join),
         log_level=log_level,
+        membership=membership,
+        gossip_port=parse_port(gossip_port, flag="--gossip-port"),
+        advertise=advertise,
+        profile=profile,
+        label=label,
+        key_file=key_file,
+        state_dir=state_dir or state_dir_default(),
     )
     from kvmesh.controller import run
 
@@ -144,6 +231,8 @@ def _announce(as_json: bool) -> Callable[[dict[str, Any]], None]:
             print_json(facts, one_line=True)
             return
         parts = [f"mesh {facts['mesh_address']}"]
+        if facts.get("gossip_address"):
+            parts.append(f"gossip {facts['gossip_address']}")
         if facts["role"] == "agent":
             parts += [f"socket {facts['socket']}", human_bytes(facts["memory_bytes"])]
         say(f"{facts['role']} {facts['name']} is ready: {', '.join(parts)}")

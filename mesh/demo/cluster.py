@@ -29,6 +29,7 @@ class Cluster:
     def __init__(self, children: Children) -> None:
         self._children = children
         self.controller_address = ""
+        """Its mesh address, where it answers questions."""
         self.agents: dict[str, Child] = {}
         self.engines: dict[str, Child] = {}
 
@@ -45,10 +46,11 @@ class Cluster:
                 str(self.socket(node)),
                 str(CHUNK_TOKENS),
             )
-        self.controller_address = str(controller.expect(READY_S)["mesh_address"])
+        ready = controller.expect(READY_S)
+        self.controller_address = str(ready["mesh_address"])
         for node in ("A", "B", "C"):
-            place = ("--memory", MEMORY, "--socket", str(self.socket(node)), "--join", self.controller_address)
-            self.agents[node] = self._start("agent", "--name", node, *place)
+            place = ("--memory", MEMORY, "--socket", str(self.socket(node)))
+            self.agents[node] = self._start("agent", "--name", node, *place, "--join", str(ready["gossip_address"]))
         for agent in self.agents.values():
             agent.expect(READY_S)
         self._load(under_way)
@@ -88,7 +90,8 @@ class Cluster:
 
     def _start(self, role: str, *flags: str) -> Child:
         name = f"agent {flags[1]}" if role == "agent" else role
-        return self._children.start(name, "-m", "kvmesh.cli", role, "--json", "--mesh-port", "0", *flags)
+        place = ("--mesh-port", "0", "--gossip-port", "0", "--state-dir", str(self._children.folder))
+        return self._children.start(name, "-m", "kvmesh.cli", role, "--json", *place, *flags)
 
     def _load(self, under_way: UnderWay) -> None:
         """Follow both engines until they are ready."""

@@ -35,7 +35,7 @@ def start(cluster: Cluster, names: str, memory: str = "512MiB") -> list[Process]
     """Agents that all know each other, as each other sees them."""
     agents: list[Process] = []
     for name in names:
-        agents.append(cluster.agent(name, memory=memory, join=[agent.address for agent in agents]))
+        agents.append(cluster.agent(name, memory=memory, join=[agent.gossip_address for agent in agents]))
     for agent in agents:
         wait_until(lambda agent=agent: alive(agent) == set(names), 20, f"{agent.name} sees {names} alive")
     return agents
@@ -118,7 +118,7 @@ def test_a_node_restarted_empty_is_believed_to_be_empty(cluster: Cluster) -> Non
     for agent in (b, c):
         wait_until(lambda agent=agent: holders(agent, chain) == {"a": 20}, 10, f"{agent.name} knows what a holds")
     a.kill()
-    again = cluster.agent("a", join=[b.address, c.address])
+    again = cluster.agent("a", join=[b.gossip_address, c.gossip_address])
     for agent in (b, c):
         wait_until(lambda agent=agent: holders(agent, chain) == {}, 10, f"{agent.name} does not believe it any more")
         wait_until(lambda agent=agent: "a" in alive(agent), 10, f"{agent.name} sees the new a")
@@ -143,7 +143,7 @@ def test_a_controller_has_the_whole_map_and_its_death_hurts_nobody(cluster: Clus
     a, b = start(cluster, "ab")
     chain, tensors = make(5)
     fill(a, chain, tensors)
-    controller = cluster.controller("c", join=[a.address])  # one address is enough
+    controller = cluster.controller("c", join=[a.gossip_address])  # one address is enough
     keys = [part for key in chain for part in ("--key", key.hex())]
 
     def located() -> bool:
@@ -212,9 +212,10 @@ def test_what_cannot_be_listened_on_is_one_sentence_that_says_what_to_do(cluster
     (a,) = start(cluster, "a")
     port = a.address.rpartition(":")[2]
     other = str(tmp_path / "x.sock")
+    free = ("--gossip-port", "0", "--state-dir", str(tmp_path))
     cases = {
-        ("agent", "--mesh-port", port, "--socket", other): f"port {port} ",
-        ("agent", "--mesh-port", "0", "--socket", str(a.socket)): "another agent serves",
+        ("agent", "--mesh-port", port, *free, "--socket", other): f"port {port} ",
+        ("agent", "--mesh-port", "0", *free, "--socket", str(a.socket)): "another agent serves",
         ("agent", "--mesh-port", "0", "--bind", "0.0.0.0", "--socket", other): "loopback only",
         ("agent", "--mesh-port", "0", "--memory", "lots", "--socket", other): "not a size",
         ("agent", "--mesh-port", "0", "--memory", "900000TiB", "--socket", other): "smaller --memory",

@@ -83,6 +83,10 @@ class FakeView:
     def map(self) -> Any:
         return self._say("map")
 
+    def keys(self, operation: str, key: bytes = b"") -> Any:
+        self.asked.append((operation, key))
+        return self._say("keys")
+
     def locate(self, chain: Sequence[bytes]) -> Any:
         self.asked.append(list(chain))
         return self._say("locate")

@@ -47,8 +47,8 @@ def at(process: Process) -> tuple[str, str]:
 
 def test_a_prompt_goes_from_one_node_to_another(cli: Cli, cluster: Cluster, files: Path):
     controller = cluster.controller("c1")
-    a = cluster.agent("a", join=[controller.address])
-    b = cluster.agent("b", join=[controller.address, a.address])
+    a = cluster.agent("a", join=[controller.gossip_address])
+    b = cluster.agent("b", join=[controller.gossip_address, a.gossip_address])
     prompt = ("--tokens", files / "t.json", "--space", files / "s.json")
 
     ran = cli("put", files / "in.safetensors", *prompt, *at(a), "--json")
@@ -99,13 +99,14 @@ def test_what_cannot_be_is_one_sentence(cli: Cli, cluster: Cluster, files: Path)
     a = cluster.agent("a")
     prompt = ("--tokens", files / "t.json", "--space", files / "s.json")
     port = a.address.rpartition(":")[2]
+    free = ("--gossip-port", "0", "--state-dir", files)
     for arguments, words in (
         (("nodes", "--agent", files / "none.sock"), "none.sock"),
         (("nodes", "--controller", "127.0.0.1:1"), "127.0.0.1:1"),
         (("get", *prompt, "--out", files / "x", "--agent", files / "none.sock"), "none.sock"),
-        (("agent", "--name", "b", "--mesh-port", port, "--socket", f"{a.socket}2", "--memory", "1MiB"), port),
-        (("agent", "--name", "b", "--mesh-port", "0", "--socket", a.socket, "--memory", "1MiB"), str(a.socket)),
-        (("controller", "--name", "b", "--mesh-port", port), port),
+        (("agent", "--name", "b", "--mesh-port", port, *free, "--socket", f"{a.socket}2", "--memory", "1MiB"), port),
+        (("agent", "--name", "b", "--mesh-port", "0", *free, "--socket", a.socket, "--memory", "1MiB"), str(a.socket)),
+        (("controller", "--name", "b", "--mesh-port", port, *free), port),
     ):
         ran = cli(*arguments)
         assert (ran.code, ran.out) == (2, ""), arguments

@@ -11,7 +11,10 @@ from kvmesh.cli import entry
 from kvmesh.transport.errors import AgentUnavailableError
 from tests.mesh.cli_fakes import Cli, FakeView
 
-COMMANDS = ["agent", "controller", "nodes", "map", "locate", "put", "get", "pin", "unpin", "evict", "doctor", "demo"]
+COMMANDS = [
+    "agent", "controller", "nodes", "map", "locate", "keys", "put", "get", "pin", "unpin", "evict", "keygen", "doctor",
+    "demo",
+]  # fmt: skip
 
 
 @pytest.fixture

@@ -14,7 +14,8 @@ from tests.mesh.cli_fakes import SPACE, Cli, FakeView
 KEY = "ab" * 32
 NODE: dict[str, Any] = {
     "name": "inference-node-eu-17.example", "role": "controller", "state": "suspect", "address": "127.0.0.1:41235",
-    "epoch": 1, "seq": 2, "chunks": 12345, "bytes": 123 << 30, "rtt_s": 0.00031, "head_age_s": 0.4, "up_s": 7300.0,
+    "epoch": 1795516800123, "seq": 2, "chunks": 12345, "bytes": 123 << 30, "rtt_s": 0.00031, "head_age_s": 0.4,
+    "up_s": 7300.0,
     "meta": {"host": "h", "gpus": "8xH100", "cpus": "96", "memory_bytes": str(2048 << 30)},
 }  # fmt: skip
 PLAIN = {**NODE, "name": "n2", "rtt_s": None, "head_age_s": None, "up_s": None, "meta": {"cpus": "many"}}
@@ -55,7 +56,7 @@ def test_nodes_at_120_columns(cli: Cli):
     cli.answer(FakeView({"nodes": NODES}))
     ran = cli("nodes", env={"COLUMNS": "120"})
     assert ran.code == 0
-    for text in ("127.0.0.1:41235", "suspect", "12,345", "123.0 GiB", "0.4s", "0.31 ms", "2h"):
+    for text in ("127.0.0.1:41235", "suspect", "12,345", "123.0 GiB", "0.4s", "0.31 ms", "1795516800123"):
         assert text in ran.out
     assert max(map(len, ran.out.splitlines())) <= 120
 
@@ -66,13 +67,24 @@ def test_nodes_at_80_columns(cli: Cli):
     assert max(map(len, out.splitlines())) <= 80
     for text in ("controller", "suspect", "127.0.0.1:41235", "12,345", "123.0 GiB", "0.31 ms"):
         assert text in out
-    assert "host" not in out
+    assert not {"host", "epoch", "up", "head"} & set(out.splitlines()[0].split())
+
+
+def test_nodes_with_short_names_have_the_age_of_the_head_at_80_columns(cli: Cli):
+    serf = {**PLAIN, "name": "s1", "role": "serf", "epoch": 0, "meta": {"dc": "x"}}
+    cli.answer(FakeView({"nodes": {"nodes": [{**NODE, "name": "n1"}, serf]}}))
+    header, first, second = cli("nodes", env={"COLUMNS": "80"}).out.splitlines()
+    assert header.split() == ["name", "role", "state", "address", "chunks", "bytes", "head", "rtt"]
+    assert first.split()[-3:] == ["0.4s", "0.31", "ms"]
+    assert second.split()[:2] == ["s1", "serf"]
+    assert second.split()[-2:] == ["-", "-"]
 
 
 def test_a_pipe_gets_every_column_in_one_line(cli: Cli):
     cli.answer(FakeView({"nodes": NODES}))
     header, first, second = cli("nodes").out.splitlines()
-    assert header.split() == ["name", "role", "state", "address", "up", "chunks", "bytes", "seen", "rtt", "host"]
+    titles = ["name", "role", "state", "address", "epoch", "up", "chunks", "bytes", "head", "rtt", "host"]
+    assert header.split() == titles
     assert first.startswith("inference-node-eu-17.example")
     assert first.endswith("8xH100, 96 cpus, 2.0 TiB")
     assert second.split()[-3:] == ["-", "-", "-"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kvmesh.cli.processes import _announce
 from kvmesh.settings import AgentSettings, ControllerSettings, NodeSettings
 from tests.mesh.cli_fakes import Cli
 
@@ -52,8 +53,11 @@ def test_flags_become_settings(cli: Cli, given: Given):
     )  # fmt: skip
     assert ran.code == 0
     assert given == [
-        AgentSettings("n1", "localhost", 0, ("n2:1", "n3:2", "n4:3"), "debug", 1 << 30, Path("/tmp/n1.sock"))
-    ]
+        AgentSettings(
+            name="n1", bind="localhost", mesh_port=0, join=("n2:1", "n3:2", "n4:3"), log_level="debug",
+            memory_bytes=1 << 30, socket=Path("/tmp/n1.sock"),
+        )
+    ]  # fmt: skip
     assert cli("controller", "--name", "c1").code == 0
     assert given[1] == ControllerSettings("c1")
 
@@ -74,6 +78,12 @@ def test_the_ready_line(cli: Cli, given: Given):
     assert json.loads(ran.out)["mesh_address"] == "127.0.0.1:41235"
 
 
+def test_the_ready_line_with_gossip(capsys: pytest.CaptureFixture[str]):
+    facts = {"role": "controller", "name": "c1", "mesh_address": "127.0.0.1:1", "gossip_address": "127.0.0.1:2"}
+    _announce(False)(facts)
+    assert capsys.readouterr().out == "controller c1 is ready: mesh 127.0.0.1:1, gossip 127.0.0.1:2\n"
+
+
 VALUES = [
     # name, the setting's field, then what a flag, a variable and the file say
     ("name", "name", ("f", "v", "t"), ("f", "v", "t")),
@@ -81,6 +91,13 @@ VALUES = [
     ("mesh-port", "mesh_port", (1, 2, 3), (1, 2, 3)),
     ("join", "join", ("f:1", "v:1 w:2", ["t:1", "u:2"]), (("f:1",), ("v:1", "w:2"), ("t:1", "u:2"))),
     ("log-level", "log_level", ("debug", "error", "warning"), ("debug", "error", "warning")),
+    ("membership", "membership", ("gossip", "static", "gossip"), ("gossip", "static", "gossip")),
+    ("gossip-port", "gossip_port", (0, 1, 2), (0, 1, 2)),
+    ("advertise", "advertise", ("10.0.0.1", "10.0.0.2:2", "[fd00::3]:3"), ("10.0.0.1", "10.0.0.2:2", "[fd00::3]:3")),
+    ("profile", "profile", ("wan", "local", "memberlist-lan"), ("wan", "local", "memberlist-lan")),
+    ("label", "label", ("f", "v", "t"), ("f", "v", "t")),
+    ("key-file", "key_file", ("/f", "/v", "/t"), (Path("/f"), Path("/v"), Path("/t"))),
+    ("state-dir", "state_dir", ("/f", "/v", "/t"), (Path("/f"), Path("/v"), Path("/t"))),
     ("memory", "memory_bytes", ("1MiB", "2MiB", "3MiB"), (1 << 20, 2 << 20, 3 << 20)),
     ("socket", "socket", ("/f", "/v", "/t"), (Path("/f"), Path("/v"), Path("/t"))),
 ]
@@ -149,6 +166,7 @@ def test_a_file_that_is_not_there(cli: Cli, given: Given, tmp_path: Path):
     ("arguments", "sentence"),
     [
         (["--mesh-port", "abc"], "--mesh-port abc: use a port"),
+        (["--gossip-port", "abc"], "--gossip-port abc: use a port"),
         (["--memory", "lots"], "--memory 'lots' is not a size"),
         (["--bind", "0.0.0.0"], "loopback only"),
         (["--log-level", "loud"], "--log-level 'loud'"),

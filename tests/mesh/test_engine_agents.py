@@ -35,7 +35,7 @@ def test_a_prompt_computed_on_a_is_fetched_on_b_and_then_local(tmp_path: Path) -
     tokens = prompt(6 * CHUNK + 3)
     with Cluster(tmp_path) as cluster:
         a = cluster.agent("a")
-        b = cluster.agent("b", join=[a.address])
+        b = cluster.agent("b", join=[a.gossip_address])
         with engine_at(a.socket) as at_a, engine_at(b.socket) as at_b, kvmesh.connect(b.socket) as mesh:
             computed = at_a.generate(tokens, max_new_tokens=NEW, do_sample=False)
             chain = at_b.space.chain(tokens[0])

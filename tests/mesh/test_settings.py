@@ -4,15 +4,20 @@ from pathlib import Path
 
 import pytest
 
+from kvmesh.discovery.swim import profile
 from kvmesh.settings import (
+    PROFILES,
     AgentSettings,
     ControllerSettings,
     NodeSettings,
+    is_loopback,
     name_default,
     parse_address,
+    parse_advertise,
     parse_port,
     parse_size,
     socket_default,
+    state_dir_default,
 )
 from kvmesh.transport.errors import SettingsError
 
@@ -21,6 +26,9 @@ def test_defaults_are_usable():
     settings = AgentSettings()
     assert settings.name == name_default()
     assert (settings.bind, settings.mesh_port, settings.join) == ("127.0.0.1", 7950, ())
+    assert (settings.membership, settings.gossip_port, settings.profile) == ("gossip", 7951, "lan")
+    assert (settings.advertise, settings.label, settings.key_file) == ("", "", None)
+    assert settings.members_file == state_dir_default() / f"{name_default()}.members"
     assert settings.memory_bytes == 4 << 30
     assert settings.socket == socket_default()
 
@@ -53,6 +61,47 @@ def test_what_is_not_an_address_is_said_with_an_example(text: str):
         parse_address(text, flag="--join")
 
 
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("10.0.0.5", ("10.0.0.5", None)),
+        ("10.0.0.5:7951", ("10.0.0.5", 7951)),
+        ("[fd00::5]:1", ("fd00::5", 1)),
+        ("[fd00::5]", ("fd00::5", None)),
+        ("fd00:0::5", ("fd00::5", None)),
+    ],
+)
+def test_addresses_to_advertise(text: str, address: tuple[str, int | None]):
+    assert parse_advertise(text) == address
+
+
+@pytest.mark.parametrize(
+    "text", ["n1", "10.0.0.5:0", "10.0.0.5:65536", "10.0.0.5:", "0.0.0.0:1", "[::]:1", "[10.0.0.5", "[]:1", "1.2.3:4"]
+)
+def test_what_cannot_be_advertised_is_said_with_an_example(text: str):
+    with pytest.raises(SettingsError, match=r"--advertise .* is not an address: write IP or IP:PORT"):
+        parse_advertise(text)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "127.255.255.254", "::1", "0:0::1", "localhost"])
+def test_loopback(host: str):
+    assert is_loopback(host)
+    assert NodeSettings(bind=host).bind == host
+
+
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "10.0.0.1", "128.0.0.1", "::ffff:127.0.0.1", "n1", "", "127.0.0.1:1"]
+)
+def test_what_is_not_loopback_is_refused(host: str):
+    assert not is_loopback(host)
+    with pytest.raises(SettingsError, match="loopback only"):
+        NodeSettings(bind=host)
+
+
+def test_the_profiles_are_those_of_the_protocol():
+    assert tuple(profile.PROFILES) == PROFILES
+
+
 @pytest.mark.parametrize("text", ["-1", "65536", "abc", "", "7950 ", "1e3"])
 def test_what_is_not_a_port_is_said(text: str):
     with pytest.raises(SettingsError, match=r"--mesh-port .*use a port from 1 to 65535, or 0"):
@@ -70,6 +119,12 @@ def test_what_is_not_a_port_is_said(text: str):
         ({"mesh_port": 70000}, "--mesh-port 70000"),
         ({"join": ("n1",)}, "--join 'n1'"),
         ({"log_level": "loud"}, "--log-level 'loud': use one of debug, info, warning, error"),
+        ({"membership": "magic"}, "--membership 'magic': use one of gossip, static"),
+        ({"gossip_port": 70000}, "--gossip-port 70000: use a port"),
+        ({"advertise": "n1:7951"}, "--advertise 'n1:7951' is not an address: write IP or IP:PORT"),
+        ({"profile": "moon"}, "--profile 'moon': use one of lan, wan, local"),
+        ({"label": "\N{EURO SIGN}" * 86}, "--label: use at most 255 bytes"),
+        ({"key_file": Path("k"), "membership": "static"}, "--key-file encrypts gossip"),
     ],
 )
 @pytest.mark.parametrize("kind", [NodeSettings, AgentSettings, ControllerSettings])
@@ -96,3 +151,16 @@ def test_the_socket_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatc
     assert socket_default() == Path("/run/user/1234/kvmesh/agent.sock")
     monkeypatch.setenv("KVMESH_SOCKET", "/srv/a.sock")
     assert socket_default() == Path("/srv/a.sock")
+
+
+def test_the_state_is_kept_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("os.getuid", lambda: 1234)
+    monkeypatch.setenv("XDG_STATE_HOME", "/srv/state")
+    assert state_dir_default() == Path("/srv/state/kvmesh")
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert state_dir_default() == tmp_path / ".local" / "state" / "kvmesh"
+    monkeypatch.setenv("HOME", str(tmp_path / "nobody"))
+    assert state_dir_default() == Path("/tmp/kvmesh-1234")
+    monkeypatch.setenv("HOME", ".")
+    assert state_dir_default() == Path("/tmp/kvmesh-1234")

@@ -18,13 +18,14 @@ from tests.support.agents import LocalAgents
 
 
 @contextmanager
-def controller() -> Iterator[str]:
+def controller(state: Path) -> Iterator[str]:
     """A controller over zmq, on a loop in a thread; its address."""
     loop, address, stop = asyncio.new_event_loop(), list[str](), asyncio.Event()
     ready = threading.Event()
 
     async def run() -> None:
-        async with open_controller(ControllerSettings(name="c", mesh_port=0)) as node:
+        settings = ControllerSettings(name="c", mesh_port=0, gossip_port=0, state_dir=state)
+        async with open_controller(settings) as node:
             address.append(node.transport.address)
             ready.set()
             await stop.wait()
@@ -40,8 +41,8 @@ def controller() -> Iterator[str]:
         loop.close()
 
 
-def test_a_controller_answers_every_question() -> None:
-    with controller() as address, view.open_view(controller=address) as seen:
+def test_a_controller_answers_every_question(tmp_path: Path) -> None:
+    with controller(tmp_path) as address, view.open_view(controller=address) as seen:
         assert [(node["name"], node["role"]) for node in seen.nodes()["nodes"]] == [("c", "controller")]
         assert seen.map() == {"complete": True, "entries": 0, "namespaces": [], "nodes": []}
         assert seen.locate([b"k" * 32]) == {"chunks": 1, "holders": []}
@@ -64,7 +65,7 @@ def test_without_a_name_the_default_agent_answers_then_the_default_controller_th
         agents.start("a")
         with view.open_view() as seen:
             assert seen.stats()["node"] == "a"
-    with controller() as address:
+    with controller(tmp_path) as address:
         monkeypatch.setattr(view, "MESH_PORT_DEFAULT", int(address.rpartition(":")[2]))
         with view.open_view() as seen:
             assert seen.stats()["node"] == "c"
@@ -76,7 +77,7 @@ def test_an_agent_that_the_environment_names_is_the_only_one_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("KVMESH_SOCKET", str(tmp_path / "nobody.sock"))
-    with controller() as address:
+    with controller(tmp_path) as address:
         monkeypatch.setattr(view, "MESH_PORT_DEFAULT", int(address.rpartition(":")[2]))
         with pytest.raises(AgentUnavailableError, match=r"no agent socket at .*nobody\.sock"):
             view.open_view()

@@ -50,6 +50,7 @@ class LocalAgents:
         settings = AgentSettings(
             name=name,
             mesh_port=0,
+            membership="static",
             join=tuple(f"{peer}:1" for peer in join),
             memory_bytes=memory,
             socket=self.directory / f"{name}.sock",

@@ -2,13 +2,13 @@
 
     with Cluster(tmp_path) as cluster:
         controller = cluster.controller("c")
-        a = cluster.agent("a", join=[controller.address])
-        b = cluster.agent("b", join=[controller.address, a.address])
+        a = cluster.agent("a", join=[controller.gossip_address])
+        b = cluster.agent("b", join=[controller.gossip_address, a.gossip_address])
         a.kill()
 
-Every process gets a free port, a socket of its own, and files for what it prints: no pipe can fill up and stop it. A
-process that does not become ready, or does not end, fails the test with the end of its log. Leaving the block ends what
-is left, by process id, whatever state it is in. Meant for one thread.
+Every process gets free ports, a socket and a state folder of its own, and files for what it prints: no pipe can fill up
+and stop it. A process that does not become ready, or does not end, fails the test with the end of its log. Leaving the
+block ends what is left, by process id, whatever state it is in. Meant for one thread.
 """
 
 from __future__ import annotations
@@ -59,8 +59,13 @@ class Process:
 
     @property
     def address(self) -> str:
-        """Where peers reach it: ``HOST:PORT``."""
+        """Where peers reach its transport: ``HOST:PORT``."""
         return str(self.ready["mesh_address"])
+
+    @property
+    def gossip_address(self) -> str:
+        """Where peers gossip with it: ``HOST:PORT``. With a static membership there is none."""
+        return str(self.ready["gossip_address"])
 
     @property
     def socket(self) -> Path:
@@ -123,10 +128,16 @@ class Process:
 
 
 class Cluster:
-    """The processes of one test. Use it as a context manager; names are unique, and can be used again after the end."""
+    """The processes of one test. Use it as a context manager; names are unique, and can be used again after the end.
 
-    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None) -> None:
+    With `membership` "static", ``join=`` takes mesh addresses (`Process.address`) instead of gossip addresses.
+    """
+
+    def __init__(
+        self, folder: Path, environment: Mapping[str, str] | None = None, *, membership: str = "gossip"
+    ) -> None:
         self.folder = folder
+        self._membership = membership
         self.processes: list[Process] = []
         self._environment = dict(environment or {})
         # A unix socket's path may have 107 bytes, and pytest's folders are long.
@@ -151,7 +162,7 @@ class Cluster:
         flags: Sequence[str] = (),
         wait: bool = True,
     ) -> Process:
-        """Start an agent that joins the mesh addresses `join`, and wait until it is ready (unless `wait` is false)."""
+        """Start an agent that joins the addresses `join`, and wait until it is ready (unless `wait` is false)."""
         own = ("--memory", memory, "--socket", str(self._sockets / f"{name}.sock"))
         return self._start("agent", name, join, [*own, *flags], wait)
 
@@ -175,7 +186,8 @@ class Cluster:
 
     def _start(self, role: str, name: str, join: Iterable[str], flags: Sequence[str], wait: bool) -> Process:
         joins = [part for address in join for part in ("--join", address)]
-        command = kvmesh(role, "--json", "--name", name, "--mesh-port", "0", *joins, *flags)
+        place = ("--mesh-port", "0", "--gossip-port", "0", "--state-dir", str(self.folder / f"{name}.state"))
+        command = kvmesh(role, "--json", "--name", name, "--membership", self._membership, *place, *joins, *flags)
         process = Process(name, command, self.folder, self._environment)
         self.processes.append(process)
         if wait:
