@@ -119,6 +119,8 @@ class Follower:
         self._batch_entries = batch_entries
         self._asked: int | None = None
         self._asked_at = 0.0
+        self._shown_seq = 0
+        """The newest entry that a head showed."""
         self._behind_since = float("inf")
         """When a head first showed entries that the question under way should have brought."""
         self._wait_until: float | None = None
@@ -152,6 +154,8 @@ class Follower:
                 self.counters.lost += 1
                 return self._retry(now)
             case Ticked():
+                if self._asked is not None:
+                    return self._ask_again_if_behind(now)
                 if self._wait_until is None or now < self._wait_until:
                     return []
                 return self._ask(now)
@@ -168,24 +172,26 @@ class Follower:
             return []
         if head.epoch > table.epoch:
             return self._begin(head, now)
+        self._shown_seq = max(self._shown_seq, head.seq)
         if self._asked is not None:
             self._is_unlike(head)
-            return self._ask_again_if_behind(head, now)
+            return self._ask_again_if_behind(now)
         if self._wait_is_firm:
             return []
         if head.seq > table.seq or self.mode is not Mode.FOLLOW:
             return self._ask(now)
         return self._repair_if_unlike(head, now) or []
 
-    def _ask_again_if_behind(self, head: Head, now: float) -> list[Action]:
-        """The node has entries that it would have sent by now, had it the question: the question is lost, not held."""
-        if self.mode is not Mode.FOLLOW or head.seq <= self._table.seq:
+    def _ask_again_if_behind(self, now: float) -> list[Action]:
+        """A head showed entries that the node would have sent by now, had it the question: the question is lost, not
+        held. Gossip tells a head once, so this looks again by itself."""
+        if self.mode is not Mode.FOLLOW or self._shown_seq <= self._table.seq:
             return []
         self._behind_since = min(self._behind_since, now)
         doublings = min(max(self._failures - _LOSSES_BORNE, 0), 16)
         patience_s = min(FOLLOW_BEHIND_S * 2.0**doublings, FOLLOW_TIMEOUT_S)
-        if now - self._behind_since < patience_s:
-            return []
+        if now < self._behind_since + patience_s:
+            return [Wake(self._behind_since + patience_s)]
         self.counters.lost += 1
         self._failures += 1
         self._asked = None
@@ -196,6 +202,7 @@ class Follower:
         self._table.clear(head.epoch)
         self._snapshot, self._describe, self._described_upto = None, False, b""
         self._failures = self._mismatches = 0
+        self._shown_seq = head.seq
         self._asked = None
         self.mode = Mode.FOLLOW if head.seq <= self._batch_entries else Mode.COMPARE
         self._is_unlike(head)
@@ -207,7 +214,8 @@ class Follower:
         assert self._asked is None
         self._wait_until, self._wait_is_firm = None, False
         self._asked, self._asked_at, self._behind_since = next(self._numbers), now, float("inf")
-        return [Ask(Tag(self.name, self._asked), self._question(), FOLLOW_TIMEOUT_S)]
+        ask = Ask(Tag(self.name, self._asked), self._question(), FOLLOW_TIMEOUT_S)
+        return [ask, *self._ask_again_if_behind(now)]
 
     def _question(self) -> Request:
         epoch = self._table.epoch

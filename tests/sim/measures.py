@@ -106,14 +106,16 @@ def joins(cluster: Cluster, loss: float, *, count: int, every_s: float = 1.0, wa
         cluster.clockwork.run_for(WARM_UP_S)
     others = {node.name for node in cluster.nodes}
     spreads: dict[str, Spread] = {}
+    seen: dict[str, set[str]] = {}
 
     def on_notice(viewer: Node, event: object) -> None:
-        if isinstance(event, Joined) and viewer.name in others and (spread := spreads.get(event.member.name)):
-            if viewer.name not in seen[event.member.name]:
-                seen[event.member.name].add(viewer.name)
-                spread.delays_s.append(cluster.clockwork.now - spread.told_at)
+        if not isinstance(event, Joined) or viewer.name not in others:
+            return
+        name = event.member.name
+        if name in spreads and viewer.name not in seen[name]:
+            seen[name].add(viewer.name)
+            spreads[name].delays_s.append(cluster.clockwork.now - spreads[name].told_at)
 
-    seen: dict[str, set[str]] = {}
     cluster.watchers.append(on_notice)
     for _ in range(count):
         name = f"new{len(spreads)}"

@@ -1,5 +1,5 @@
-"""A network in virtual time: packets, and messages over the mesh's connections, that get lost, doubled, late, reordered,
-or cut off in one direction. Streams are in `tests.sim.streams`. Everything is drawn from one seeded random source.
+"""A network in virtual time: packets, and messages over the mesh's connections, that get lost, doubled, late,
+reordered, or cut off in one direction. Streams are in `tests.sim.streams`. Everything is drawn from one seeded random source.
 
 Two things travel here:
 
