@@ -120,7 +120,11 @@ class Queries:
                     "meta": dict(member.meta),
                 }
             )
-        return {"nodes": found}
+        conflicts = [
+            {"name": conflict.name, "address": conflict.address, "other_address": conflict.other_address}
+            for conflict in self._discovery.conflicts()
+        ]
+        return {"nodes": found, "conflicts": conflicts}
 
     async def _keys(self, question: Keys) -> bytes:
         result = await self._discovery.keys(question.operation, question.key)

@@ -228,6 +228,13 @@ STREAMS_SERVED_MAX: Final = 128
 """Streams of peers at once: memberlist's bound on push/pulls."""
 STREAMS_OPENED_MAX: Final = 1024
 """Streams of our own at once: a change of keys opens one to each member."""
+STREAM_BYTES_HELD_MAX: Final = 32 * MIB
+"""What the streams of peers hold together of messages that are not whole and of answers that are not taken; and so much
+again those of our own. Four of the longest messages, or a hundred push/pulls of 1,000 nodes."""
+MEMORY_PACKETS_HELD_MAX: Final = 4096
+"""Packets that a node in memory holds that is stalled, or not started yet; a kernel's buffer has as many small ones."""
+STREAM_LINGER_S: Final = 0.5
+"""How long a stream that was refused stays open for the peer to read why."""
 STREAM_BACKLOG: Final = 128
 PORT_TRIES_MAX: Final = 16
 """Attempts to find a port that is free for UDP and TCP alike."""

@@ -50,7 +50,7 @@ class Exchanger:
         self._shared = shared
         self._beliefs = beliefs
         self._seeds = tuple(seeds)
-        self._known = tuple(known)
+        self._known = tuple(endpoint for endpoint in known if endpoint != shared.own.endpoint)
         self._under_way: dict[int, tuple[Endpoint, bool]] = {}
         """By number: the target, and whether it is to join."""
         self._resolving: set[str] = set()

@@ -216,21 +216,22 @@ class Prober:
             node.seen_at = now
         answer = Ack(ping.seq)
         if is_accused and not shared.leaving:
-            shared.send(_reply_to(ping, source), answer, shared.own.alive())
+            shared.send(self._reply_to(ping, source), answer, shared.own.alive())
         else:
-            shared.send(_reply_to(ping, source), answer)
+            shared.send(self._reply_to(ping, source), answer)
 
     def on_indirect_ping(self, asked: IndirectPing, source: Endpoint, now: float) -> None:
-        """Ping a node for another one. Only a node that is known here: this one does not send packets to anybody whom a
-        stranger names."""
+        """Ping a node for another one. Only a node that is known here, and where it is known to be: this one does not
+        send packets to wherever a stranger says."""
         shared = self._shared
-        if len(self._relays) >= RELAYS_MAX or shared.table.get(asked.node) is None:
+        node = shared.table.get(asked.node)
+        if len(self._relays) >= RELAYS_MAX or node is None:
             shared.counters.refused += 1
             return
         shared.counters.relayed += 1
         number = shared.number()
-        self._relays[number] = _Relay(_reply_to(asked, source), asked.seq)
-        shared.send(Endpoint(asked.ip, asked.port), self._ping(number, asked.node))
+        self._relays[number] = _Relay(self._reply_to(asked, source), asked.seq)
+        shared.send(node.endpoint, self._ping(number, asked.node))
         shared.timers.at(now + shared.profile.probe_timeout_s, partial(self._give_up, number, asked.nack))
 
     def _give_up(self, number: int, nack: bool, _now: float) -> None:
@@ -238,6 +239,9 @@ class Prober:
         if relay is not None and nack:
             self._shared.send(relay.target, Nack(relay.number))
 
-
-def _reply_to(asked: Ping | IndirectPing, source: Endpoint) -> Endpoint:
-    return Endpoint(asked.source_ip, asked.source_port) if asked.source_ip and asked.source_port else source
+    def _reply_to(self, asked: Ping | IndirectPing, source: Endpoint) -> Endpoint:
+        """Where the asker wants its answer, if that is where it is known to be; else where its packet came from: a
+        packet with a forged source must not make this node send to a third one."""
+        node = self._shared.table.get(asked.source_node)
+        wanted = Endpoint(asked.source_ip, asked.source_port)
+        return wanted if node is not None and node.endpoint == wanted else source

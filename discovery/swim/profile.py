@@ -44,8 +44,8 @@ class Profile:
     gossip_to_the_dead_s: float = 30.0
     """How long a failed node still gets gossip, to hear of it and refute."""
     retransmit_mult: int = 4
-    """A rumour is sent this times ceil(log10(N + 1)) times by each node: some 11 copies reach every node at 30 % loss,
-    so one in 70,000 misses it and waits for a push/pull."""
+    """A rumour is sent this times ceil(log10(N + 1)) times by each node. At 30 % loss and N = 1,000 some 11 copies come
+    to every node, so one in 70,000 misses it and waits for a push/pull."""
     push_pull_interval_s: float = 30.0
     """Between two exchanges of everything, which repair what gossip missed."""
     push_pull_linear: bool = False
@@ -98,17 +98,20 @@ KVMESH_LAN: Final = replace(
     name="lan",
     probe_interval_s=0.5,
     probe_timeout_s=0.25,
+    suspicion_mult=3,  # so at 100 nodes a suspicion lasts 3 s, and one other accuser is enough to end it that soon
     ping_interval_s=0.08,
-    insist_interval_s=0.25,
+    insist_interval_s=0.15,
     gossip_interval_s=0.1,
     gossip_at_once=True,
+    retransmit_mult=6,  # with 4, one rumour in ten misses one of 30 nodes at 30 % loss
     push_pull_interval_s=15.0,
     push_pull_linear=True,
     reconnect_interval_s=5.0,
     stream_timeout_s=5.0,
 )
-"""Ours, the default. A holder that crashed costs every fetch that still goes to it, so it is found in half of
-memberlist's time; that costs twice the probes: docs/architecture.md has the measured bytes."""
+"""Ours, the default. A holder that crashed costs every fetch that still goes to it, so it is found in less than half of
+memberlist's time; that costs twice the probes, about 1 kB a second and node. docs/discovery.md has what was measured,
+for both."""
 
 PROFILES: Final = {"lan": KVMESH_LAN, "wan": WAN, "local": LOCAL, "memberlist-lan": LAN}
 """By the name that ``--profile`` takes."""

@@ -60,6 +60,11 @@ def nodes(
         print_json(document)
     else:
         show(NODE_COLUMNS, node_rows(document))
+        for conflict in document.get("conflicts", ()):
+            note(
+                f"two processes were called {conflict['name']}: at {conflict['address']} and at "
+                f"{conflict['other_address']}; give one another --name"
+            )
     return 0 if document["nodes"] else 1
 
 

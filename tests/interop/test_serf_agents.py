@@ -3,19 +3,15 @@ complain. Every test runs in the clear and encrypted, and ends with a look at th
 
 from __future__ import annotations
 
-import base64
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-import kvmesh
 from tests.cluster.views import declared_failed, nodes, states, wait_states
-from tests.support.cluster import Cluster, Process
-from tests.support.serf import LOCAL, SerfAgent, installed
+from tests.interop.support import KINDS, SLACK_S, Mesh, key_of, wait_serf_states
+from tests.support.serf import LOCAL, installed
 from tests.support.waiting import wait_until
 
 pytestmark = [
@@ -24,74 +20,16 @@ pytestmark = [
     pytest.mark.slow,  # real processes, and Serf's own pace
 ]
 
-SLACK_S = 3.0
-"""What a busy machine may add to a bound."""
 STOPPED = r"\[ERR\] memberlist: Failed fallback ping: read tcp \S+: i/o timeout$"
 """What Serf says of a process that is stopped: the kernel still accepts its connections, and it does not answer."""
 REFUTING = r"\[WARN\] memberlist: Refuting a (suspect|dead) message \(from: [ab]\)$"
 """What Serf says when it was itself suspected, and comes back."""
 
 
-class Mesh:
-    """Agents of both kinds, all with one key or with none."""
-
-    def __init__(self, folder: Path, key: str, stack: ExitStack) -> None:
-        self.folder = folder
-        self.key = key
-        self.serfs: list[SerfAgent] = []
-        self._stack = stack
-        self._cluster = stack.enter_context(Cluster(folder))
-
-    def serf(self, name: str, *, join: Sequence[str] = (), key: str | None = None, **more: Any) -> SerfAgent:
-        """A Serf agent that is ready."""
-        agent = SerfAgent(name, self.folder, key=self.key if key is None else key, join=join, **more)
-        self._stack.callback(agent.kill)
-        self.serfs.append(agent)
-        agent.wait_ready()
-        return agent
-
-    def ours(
-        self, name: str, *, join: Sequence[str] = (), key: str | None = None, flags: Sequence[str] = ()
-    ) -> Process:
-        """An agent of ours, not yet waited for."""
-        key = self.key if key is None else key
-        return self._cluster.agent(
-            name, memory="16MiB", join=join, flags=[*key_flags(self.folder, name, key), *flags], wait=False
-        )
-
-    def assert_no_complaints(self, *provoked: str) -> None:
-        """None of the Serf agents has said a word that this test did not provoke."""
-        complaints = {agent.name: agent.complaints(*provoked) for agent in self.serfs}
-        assert not any(complaints.values()), complaints
-
-
-@pytest.fixture(params=["clear", "encrypted"])
+@pytest.fixture(params=KINDS)
 def mesh(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Mesh]:
     with ExitStack() as stack:
-        yield Mesh(tmp_path, new_key() if request.param == "encrypted" else "", stack)
-
-
-def new_key() -> str:
-    return base64.b64encode(os.urandom(32)).decode()
-
-
-def key_flags(folder: Path, name: str, key: str) -> list[str]:
-    if not key:
-        return []
-    file = folder / f"{name}.key"
-    file.touch(mode=0o600)
-    file.write_text(f"{key}\n")
-    return ["--key-file", str(file)]
-
-
-def wait_serf_states(agents: Sequence[SerfAgent], wanted: dict[str, str], timeout_s: float) -> None:
-    for agent in agents:
-        wait_until(lambda agent=agent: agent.states() == wanted, timeout_s, f"serf {agent.name} sees {wanted}")
-
-
-def counters(process: Process) -> dict[str, Any]:
-    with kvmesh.connect(process.socket) as connection:
-        return dict(connection.stats()["discovery"])
+        yield Mesh(tmp_path, key_of(request.param), stack)
 
 
 def test_both_kinds_join_list_and_bury_each_other(mesh: Mesh) -> None:
@@ -117,7 +55,7 @@ def test_both_kinds_join_list_and_bury_each_other(mesh: Mesh) -> None:
     }  # fmt: skip
     assert s.members()["a"]["tags"]["role"] == "agent"
     s.command("event", "deploy", "now")  # what only Serf knows does no harm
-    wait_until(lambda: u.says("Received event: user-event: deploy"), 10, "the event is everywhere in Serf")
+    wait_until(lambda: s.says("Received event: user-event: deploy"), 10, "Serf has sent its event")
 
     a.stop()
     t.leave()

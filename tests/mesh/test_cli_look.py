@@ -41,6 +41,15 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return Cli(capsys, monkeypatch)
 
 
+def test_names_that_two_processes_use_are_said_beside_the_table(cli: Cli):
+    conflict = {"name": "n2", "address": "127.0.0.1:1", "other_address": "127.0.0.1:2"}
+    cli.answer(FakeView({"nodes": {**NODES, "conflicts": [conflict]}}))
+    ran = cli("nodes")
+    assert ran.code == 0
+    assert "n2" in ran.out
+    assert "two processes were called n2: at 127.0.0.1:1 and at 127.0.0.1:2" in ran.err
+
+
 @pytest.mark.parametrize(
     ("command", "document"), [(["nodes"], NODES), (["map"], MAP), (["locate", "--key", KEY], FOUND)]
 )

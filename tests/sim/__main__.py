@@ -102,7 +102,7 @@ def run_seed(job: tuple[int, int, float, str]) -> Report:
 
 
 def _chaos_table(reports: list[Report]) -> list[tuple[str, ...]]:
-    rows = [(
+    rows: list[tuple[str, ...]] = [(
         "loss", "seeds", "nodes", "virtual_s", "changes", "all_know_p50_s", "all_know_p99_s", "unseen",
         "false_failures", "messages", "failed",
     )]  # fmt: skip

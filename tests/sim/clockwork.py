@@ -15,15 +15,15 @@ class Clockwork:
         self.now = 1000.0
         self.events = 0
         """Calls that were run."""
-        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._heap: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
         self._numbers = itertools.count()
 
-    def at(self, when: float, call: Callable[..., None], *arguments: Any) -> None:
+    def at(self, when: float, call: Callable[..., object], *arguments: Any) -> None:
         """Run `call` at `when`, or now if that is past."""
         now = self.now
         heapq.heappush(self._heap, (max(now, when), next(self._numbers), call, arguments))
 
-    def after(self, delay_s: float, call: Callable[..., None], *arguments: Any) -> None:
+    def after(self, delay_s: float, call: Callable[..., object], *arguments: Any) -> None:
         """Run `call` in `delay_s`."""
         self.at(self.now + delay_s, call, *arguments)
 

@@ -7,7 +7,6 @@ same rested cluster.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from random import Random
 
@@ -40,7 +39,6 @@ class Cluster:
         """Called with each event that a membership tells."""
         self._kind = gossip_kind(profile)
         self._starts = 0
-        gc.disable()  # the harness makes no cycles worth a look; a collection over a thousand nodes takes seconds
         for first in range(0, size, JOIN_AT_ONCE):
             for _ in range(first, min(first + JOIN_AT_ONCE, size)):
                 self.join()

@@ -1,5 +1,6 @@
 """A network in virtual time: packets, and messages over the mesh's connections, that get lost, doubled, late,
-reordered, or cut off in one direction. Streams are in `tests.sim.streams`. Everything is drawn from one seeded random source.
+reordered, or cut off in one direction. Streams are in `tests.sim.streams`. Everything is drawn from one seeded random
+source.
 
 Two things travel here:
 
@@ -120,7 +121,7 @@ class Network:
         node = self.sockets.get(target)
         if node is None or (self.cut and (source.ip, node.ip) in self.cut):
             return
-        if type(content) is bytes:
+        if isinstance(content, bytes):
             assert self.wire is not None
             try:
                 content = PacketCame(source.endpoint, self.wire.opened(content))

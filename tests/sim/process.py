@@ -295,7 +295,7 @@ class Process(Node):
         self.map = ClusterMap(random=random)
         super().__init__(start, kind, network, random, on_notice)
         self.core = Core(start.name, self.membership, self.map, self.journal, random)
-        self._handle = self.core.handle  # type: ignore[assignment]
+        self._handle = self.core.handle
         self._on_event = on_event
         self._asked: dict[int, tuple[str, int]] = {}
         """Tokens of questions, with who asked and its number."""

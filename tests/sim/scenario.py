@@ -113,6 +113,8 @@ class Scenario:
         self._watch = Watch(self._clockwork, self._expect)
         if self._is_gossip:
             self._network.tap = self._watch.on_packet
+        self.on_notice: list[Callable[[Node, object], None]] = [self._watch.on_notice, self._count_failures]
+        """Called with each event that a membership tells."""
         self._processes: dict[str, Process] = {}
         """The newest start of each name."""
         self._probes: list[_Probe] = []
@@ -137,6 +139,11 @@ class Scenario:
         self.report.virtual_s = self._clockwork.now - begin
         self.report.messages = self._network.sent
         return self.report
+
+    @property
+    def now(self) -> float:
+        """The virtual time."""
+        return self._clockwork.now
 
     # --- the three parts -----------------------------------------------------------------------------------------
 
@@ -279,10 +286,16 @@ class Scenario:
 
     def _retire(self) -> None:
         process = self._someone_to_spare(for_good=True)
-        if process is not None and not self._network.cut:  # cut off, nobody would hear it
+        if process is not None and self._is_heard(process):
             self._gone[process.name] = MemberState.LEFT
             self._say_goodbye(process)
             self._excuse(process.name, 1000.0)
+
+    def _is_heard(self, process: Process) -> bool:
+        """Whether enough others would hear what it says, and live on to tell."""
+        there = [other.name for other in self._running() if other is not process and not other.is_stopped]
+        known = [name for name in there if (m := process.membership.member(name)) and m.state is MemberState.ALIVE]
+        return len(known) >= 2 and not self._network.cut
 
     def _say_goodbye(self, process: Process) -> None:
         process.leave()
@@ -345,7 +358,10 @@ class Scenario:
     # --- what is seen --------------------------------------------------------------------------------------------
 
     def _on_notice(self, viewer: Node, event: object) -> None:
-        self._watch.on_notice(viewer, event)
+        for call in self.on_notice:
+            call(viewer, event)
+
+    def _count_failures(self, viewer: Node, event: object) -> None:
         if isinstance(event, Failed):
             now, name = self._clockwork.now, event.member.name
             excuses = (self._excused_until.get(name, 0.0), self._excused_until.get(f"{viewer.name}>{name}", 0.0))
@@ -379,7 +395,9 @@ class Scenario:
             if owner is viewer:
                 continue
             member = viewer.membership.member(owner.name)
-            if member is None:
+            if not owner.running and owner.name not in self._gone:
+                problems.append(f"{owner.name} did not come back")
+            elif member is None:
                 if owner.running:  # who came after it had gone need not have heard of it
                     problems.append(f"does not know {owner.name}")
             elif owner.running:
