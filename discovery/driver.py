@@ -84,8 +84,6 @@ class Gossip:
     profile: Profile = KVMESH_LAN
     known: Sequence[Endpoint] = ()
     """Members of the last run."""
-    incarnation: int = 1
-    """Larger at each start, where that can be had: peers then believe the new start at once."""
     public_key: bytes = b""
     keyring: Keyring | None = None
     """The one that the network seals with."""
@@ -173,7 +171,6 @@ class Discovery:
                 known=gossip.known,
                 packet_overhead_bytes=gossip.network.packet_overhead_bytes,
                 public_key=gossip.public_key,
-                incarnation=gossip.incarnation,
                 keyring=gossip.keyring,
                 save_keys=gossip.save_keys,
             )

@@ -21,7 +21,7 @@ from random import Random
 from typing import Final
 
 from kvmesh.transport.errors import ProtocolError
-from kvmesh.transport.limits import CONFLICTS_MAX, HEAD_INTERVAL_S
+from kvmesh.transport.limits import CONFLICTS_MAX, HEAD_INTERVAL_S, INCARNATION_MAX
 
 from .actions import (
     Action,
@@ -86,7 +86,6 @@ class GossipMembership:
         known: Sequence[Endpoint] = (),
         packet_overhead_bytes: int = 0,
         public_key: bytes = b"",
-        incarnation: int = 1,
         keyring: Keyring | None = None,
         save_keys: Callable[[], None] = lambda: None,
     ) -> None:
@@ -107,7 +106,7 @@ class GossipMembership:
         mesh_port = int(identity.address.rpartition(":")[2])
         meta = Meta(identity.role, mesh_port, identity.epoch, public_key=public_key, facts=identity.meta).encode()
         self.swim = Swim(
-            Alive(incarnation, identity.name, endpoint.ip, endpoint.port, meta, VERSIONS),
+            Alive(_first_incarnation(identity.epoch), identity.name, endpoint.ip, endpoint.port, meta, VERSIONS),
             self,
             profile=profile,
             random=random,
@@ -201,7 +200,7 @@ class GossipMembership:
         """Gossip the own head when it is due. A busy journal tells each second, not each entry."""
         if not self._head_due or (head := self._head()) is None:
             return
-        if now - self._head_told_at >= HEAD_INTERVAL_S:
+        if now >= self._head_told_at + HEAD_INTERVAL_S:  # as the timer reckons it: a difference may round the other way
             self._head_due, self._head_told_at = False, now
             self.counters.heads_told += 1
             self.swim.tell(self.identity.name, HEAD_PREFIX + head.to_bytes(), now)
@@ -317,6 +316,13 @@ class GossipMembership:
             node.name, meta.role, state, address, meta.epoch, meta.versions[1], node.seen_at, node.rtt_s, head,
             meta.facts, head_at, gossip_address, node.incarnation, meta.public_key,
         )  # fmt: skip
+
+
+def _first_incarnation(epoch: int) -> int:
+    """A start's first incarnation is its epoch in seconds, so it outranks all that was ever said of the starts before,
+    by whatever peer. Were the clock set back, the node would have to refute its old self, as in memberlist. 32 bits are
+    enough until 2106."""
+    return max(1, epoch // 1000 % INCARNATION_MAX)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,9 +32,6 @@ Role = Literal["agent", "controller"]
 OpenTransport = Callable[[str, int, ChunkSource | None, CallHandler], Awaitable[Transport]]
 """What opens a transport at (host, port): `kvmesh.transport.open_zmq`, or a network in memory."""
 Ready = Callable[[dict[str, Any]], None]
-_INCARNATIONS_SINCE = 1_577_836_800
-"""2020, in seconds of the wall clock: incarnations begin with the seconds since then, which fit into 32 bits until
-2156. A node that starts again is believed at once; were its clock set back, it would have to refute its old self."""
 
 
 class Node:
@@ -126,7 +123,6 @@ async def _open_gossip(settings: NodeSettings) -> Gossip:
         network=network,
         profile=PROFILES[settings.profile],
         known=read_members_file(settings.members_file),
-        incarnation=max(1, int(time.time()) - _INCARNATIONS_SINCE),
         public_key=X25519PrivateKey.generate().public_key().public_bytes_raw(),
         keyring=keyring,
         save_keys=lambda: keyring.save(key_file) if keyring is not None and key_file is not None else None,

@@ -25,10 +25,11 @@ def read_members_file(path: Path) -> list[Endpoint]:
     try:
         # Not blocking: a pipe in the file's place would hold up the start of the node for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                return []
-            text = file.read(MEMBERS_FILE_BYTES_MAX).decode(errors="replace")
+        try:
+            is_plain = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            text = os.read(descriptor, MEMBERS_FILE_BYTES_MAX).decode(errors="replace") if is_plain else ""
+        finally:
+            os.close(descriptor)
     except OSError:
         return []
     found = dict.fromkeys(endpoint for line in text.splitlines() if (endpoint := _endpoint(line)) is not None)

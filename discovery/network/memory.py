@@ -30,7 +30,7 @@ from kvmesh.discovery.wire.messages import Endpoint
 from kvmesh.transport.errors import SettingsError
 from kvmesh.transport.limits import MEMORY_PACKETS_HELD_MAX, PACKET_BYTES_MAX
 
-from .addresses import parse_ip
+from .addresses import address_of, parse_ip
 from .carrier import OnError, OnPacket, OnStream
 from .memory_streams import MemoryConnection, Pair
 from .network import GossipNetwork
@@ -191,8 +191,7 @@ class MemoryCarrier:
         """As `Carrier.send`."""
         if self._closed:
             raise OSError(errno.EBADF, "this network is closed")
-        if len(target.ip) not in (4, 16):
-            raise OSError(errno.EINVAL, "not an address")
+        address_of(target, is_v6=True)  # raises, for what is no address
         if len(data) > PACKET_BYTES_MAX:
             raise OSError(errno.EMSGSIZE, "Message too long")
         if not self._gossip.is_stalled(self.host):
@@ -226,6 +225,7 @@ class MemoryCarrier:
 
     async def connect(self, target: Endpoint) -> MemoryConnection:
         """As `Carrier.connect`."""
+        address_of(target, is_v6=True)
         peer = self._gossip.at(target)
         if peer is None:
             raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")

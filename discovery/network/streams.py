@@ -190,10 +190,9 @@ class Streams:
                     answer = await stream.receive(answer=True)
                     if isinstance(answer, PushPull):
                         return Exchanged(number, answer)
-                    said = (
-                        _printable(answer.text) if isinstance(answer, ErrorReply) else "another answer than its state"
-                    )
-                    raise _RefusedError(f"it refused: {said}")
+                    if isinstance(answer, ErrorReply):
+                        raise _RefusedError(f"it refused: {_printable(answer.text)}")
+                    raise _RefusedError("another answer than its state")
 
 
 class _NoRoomError(Exception):

@@ -159,7 +159,8 @@ class Shared:
         self.out.append(SendPacket(target, messages))
 
     def _rumours_for(self, budget_bytes: int) -> list[Message]:
-        limit = transmit_limit(self.profile.retransmit_mult, self.table.there)
+        profile = self.profile
+        limit = max(transmit_limit(profile.retransmit_mult, self.table.there), profile.transmits_min)
         found, left_bytes = self.rumours.take(budget_bytes, PART_BYTES, limit)
         if self.words:
             found += self.words.take(left_bytes, PART_BYTES, limit)[0]

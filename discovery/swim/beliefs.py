@@ -25,6 +25,7 @@ from kvmesh.discovery.wire.messages import (
     PROTOCOL_MIN,
     Alive,
     Dead,
+    Endpoint,
     PushedNode,
     PushPull,
     Suspect,
@@ -34,6 +35,7 @@ from kvmesh.transport.limits import INCARNATION_MAX
 from .base import Change, Shared
 from .nodes import ALIVE, DEAD, LEFT, SUSPECT, Node
 from .suspicion import Suspicion
+from .timers import NEVER
 from .timing import confirmations_wanted, suspicion_timeout_s
 
 
@@ -140,7 +142,7 @@ class Beliefs:
         if node.suspicion is not None and claim.incarnation == node.incarnation:
             if node.suspicion.confirm(claim.accuser):
                 self._shared.rumour(node.name, claim, now)
-                self._shared.timers.at(node.suspicion.deadline, partial(self._suspicion_over, node, node.suspicion))
+                self._await_verdict(node, node.suspicion, now)
             return
         was = node.state
         if was >= DEAD and claim.incarnation == node.incarnation:
@@ -166,14 +168,27 @@ class Beliefs:
             max_s=min_s * profile.suspicion_max_timeout_mult,
             now=now,
         )
-        shared.timers.at(node.suspicion.deadline, partial(self._suspicion_over, node, node.suspicion))
+        self._await_verdict(node, node.suspicion, now)
         self.on_suspicion(node, node.suspicion, now)
 
-    def _suspicion_over(self, node: Node, suspicion: Suspicion, now: float) -> None:
-        if node.suspicion is not suspicion:
+    def _await_verdict(self, node: Node, suspicion: Suspicion, now: float) -> None:
+        """Come back at the deadline. A timer that comes sooner will look again: whoever accuses and refutes a node in
+        turn does not fill the memory with timers. A deadline in the past is due now: a timer of then would be late, and
+        look as if this process had not run."""
+        at = max(now, suspicion.deadline)
+        if at < node.verdict_at:
+            node.verdict_at = at
+            self._shared.timers.at(at, partial(self._on_verdict, node, at))
+
+    def _on_verdict(self, node: Node, at: float, now: float) -> None:
+        if node.verdict_at != at:
             return
-        if now < suspicion.deadline:  # it was put off: this process did not run for a while
-            self._shared.timers.at(suspicion.deadline, partial(self._suspicion_over, node, suspicion))
+        node.verdict_at = NEVER
+        suspicion = node.suspicion
+        if suspicion is None:
+            return
+        if now < suspicion.deadline:
+            self._await_verdict(node, suspicion, now)
             return
         self._counters.deaths += 1
         self.on_dead(Dead(node.incarnation, node.name, self._own.name), now)
@@ -197,8 +212,10 @@ class Beliefs:
     def forgive(self, now: float) -> None:
         """This process did not run for a while: what it suspects may have answered meanwhile."""
         for node in self._shared.table:
+            node.verdict_at = NEVER
             if node.suspicion is not None:
                 node.suspicion.restart(now)
+                self._await_verdict(node, node.suspicion, now)
 
     # --- this node ------------------------------------------------------------------------------------------------
 
@@ -258,11 +275,20 @@ class Beliefs:
             self.on_alive(Alive(incarnation, name, pushed.ip, pushed.port, pushed.meta, pushed.versions), now)
         elif pushed.state == LEFT:
             self.on_dead(Dead(incarnation, name, name), now)
+            self._take_last_start(node, pushed)
         elif pushed.state == DEAD and node is not None and node.is_gone:
             self.on_dead(Dead(incarnation, name, self._own.name), now)
+            self._take_last_start(node, pushed)
         else:
             # Dead for them may be their own mistake: here it is a suspicion, and the node gets time to refute.
             self.on_suspect(Suspect(incarnation, name, self._own.name), now)
+
+    def _take_last_start(self, node: Node | None, pushed: PushedNode) -> None:
+        """Of a node that started again and was gone before this one heard of it: that was its last start."""
+        if node is None or node is self._own or not node.is_gone or pushed.incarnation < node.incarnation:
+            return
+        if (self._shared.app.compare_starts(node.meta, pushed.meta) or 0) > 0:
+            node.meta, node.endpoint, node.versions = pushed.meta, Endpoint(pushed.ip, pushed.port), pushed.versions
 
 
 def _nothing(_node: Node, _suspicion: Suspicion, _now: float) -> None:

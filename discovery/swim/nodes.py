@@ -12,6 +12,7 @@ from kvmesh.discovery.wire.messages import Alive, Endpoint, PushedNode, PushedSt
 from kvmesh.transport.limits import FAILED_FORGOTTEN_S
 
 from .suspicion import Suspicion
+from .timers import NEVER
 
 ALIVE, SUSPECT, DEAD, LEFT = PushedState.ALIVE, PushedState.SUSPECT, PushedState.DEAD, PushedState.LEFT
 _RTT_SMOOTHING = 0.2
@@ -35,6 +36,8 @@ class Node:
     """When it last answered, or spoke for itself."""
     suspicion: Suspicion | None = None
     """While it is suspect."""
+    verdict_at: float = NEVER
+    """When its suspicion is looked at next."""
     rtt_s: float | None = None
     """A smoothed round trip; None before the first."""
 

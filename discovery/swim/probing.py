@@ -225,7 +225,7 @@ class Prober:
         send packets to wherever a stranger says."""
         shared = self._shared
         node = shared.table.get(asked.node)
-        if len(self._relays) >= RELAYS_MAX or node is None:
+        if len(self._relays) >= RELAYS_MAX or node is None or node is shared.own:
             shared.counters.refused += 1
             return
         shared.counters.relayed += 1
@@ -244,4 +244,5 @@ class Prober:
         packet with a forged source must not make this node send to a third one."""
         node = self._shared.table.get(asked.source_node)
         wanted = Endpoint(asked.source_ip, asked.source_port)
-        return wanted if node is not None and node.endpoint == wanted else source
+        is_known = node is not None and node is not self._shared.own and node.endpoint == wanted
+        return wanted if is_known else source

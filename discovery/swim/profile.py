@@ -46,6 +46,8 @@ class Profile:
     retransmit_mult: int = 4
     """A rumour is sent this times ceil(log10(N + 1)) times by each node. At 30 % loss and N = 1,000 some 11 copies come
     to every node, so one in 70,000 misses it and waits for a push/pull."""
+    transmits_min: int = 0
+    """At least so many times, however small the mesh."""
     push_pull_interval_s: float = 30.0
     """Between two exchanges of everything, which repair what gossip missed."""
     push_pull_linear: bool = False
@@ -104,6 +106,7 @@ KVMESH_LAN: Final = replace(
     gossip_interval_s=0.1,
     gossip_at_once=True,
     retransmit_mult=6,  # with 4, one rumour in ten misses one of 30 nodes at 30 % loss
+    transmits_min=12,  # in a mesh of nine the multiplier alone would send six
     push_pull_interval_s=15.0,
     push_pull_linear=True,
     reconnect_interval_s=5.0,

@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 from kvmesh.discovery.wire.messages import Message
 
+_MISFITS_MAX = 8
+"""Rumours that did not fit: after so many it is not worth a look at all the others."""
+
 
 class _Rumour(NamedTuple):
     name: str
@@ -56,9 +59,9 @@ class RumourQueue:
         if not self._tier_of:
             return [], budget_bytes
         taken: list[tuple[int, _Rumour]] = []
-        least_bytes = self._smallest_bytes + overhead_bytes
+        least_bytes, misfits = self._smallest_bytes + overhead_bytes, 0
         for number, tier in enumerate(self._tiers):
-            if budget_bytes < least_bytes:
+            if budget_bytes < least_bytes or misfits >= _MISFITS_MAX:
                 break
             for rumour in reversed(tier.values()):
                 cost = rumour.size_bytes + overhead_bytes
@@ -66,6 +69,10 @@ class RumourQueue:
                     budget_bytes -= cost
                     taken.append((number, rumour))
                     if budget_bytes < least_bytes:
+                        break
+                else:
+                    misfits += 1
+                    if misfits == _MISFITS_MAX:
                         break
         messages = [rumour.message for _, rumour in taken]
         taken.reverse()  # so that the newest is the newest in its next tier, too

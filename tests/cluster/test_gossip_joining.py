@@ -47,6 +47,7 @@ def test_a_node_that_moved_is_not_looked_for_at_its_old_address(cluster: HostClu
     chain = put(b, 2, 3)
     for agent in (a, c):
         wait_until(lambda agent=agent: holders(agent, chain) == {"b": 3}, 10, f"{agent.name} knows what b holds")
+    for agent in (a, c):
         assert get(agent, 2, 3, 1.0) == 3
     cluster.network.count_packets_to(3)
     cluster.network.count_packets_to(9)
@@ -58,13 +59,25 @@ def test_nodes_find_the_mesh_again_by_the_members_of_their_last_run(cluster: Hos
     a = cluster.start("a", 2)
     b, c = (cluster.start(name, host, join=[cluster.seed(2)]) for name, host in (("b", 3), ("c", 4)))
     wait_alive([a, b, c])
+    wait_until(
+        lambda: remembered(cluster, "b") == {cluster.seed(2), cluster.seed(4)}, 5, "b has written down the others"
+    )
     b.kill()
     b = cluster.start("b", 3)  # and nobody to join is given
-    wait_alive([a, b, c])
+    wait_alive([a, b, c], 10)
+    for name in "abc":
+        wait_until(lambda name=name: len(remembered(cluster, name)) == 2, 5, f"{name} has written down the others")
     for agent in (a, b, c):
         agent.kill()
     a, b, c = (cluster.start(name, host) for name, host in (("a", 2), ("b", 3), ("c", 4)))
     wait_alive([a, b, c], JOIN_RETRY_S_MAX)
+
+
+def remembered(cluster: HostCluster, name: str) -> set[str]:
+    """The addresses in a node's file of last known members."""
+    path = cluster.folder / f"{name}.state" / f"{name}.members"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {line for line in lines if not line.startswith("#")}
 
 
 def test_a_node_that_starts_before_its_seed_says_so_and_joins_when_it_is_there(cluster: HostCluster) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import kvmesh
 from tests.support.cluster import Cluster, Process
-from tests.support.serf import SerfAgent
+from tests.support.serf import LOCAL, SerfAgent
 from tests.support.waiting import wait_until
 
 SLACK_S = 3.0
@@ -30,8 +30,9 @@ class Mesh:
         self._cluster = stack.enter_context(Cluster(folder))
 
     def serf(self, name: str, *, join: Sequence[str] = (), key: str | None = None, **more: Any) -> SerfAgent:
-        """A Serf agent that is ready."""
-        agent = SerfAgent(name, self.folder, key=self.key if key is None else key, join=join, **more)
+        """A Serf agent that is ready. It has Serf's faster profile: these tests wait for it to find failures."""
+        key = self.key if key is None else key
+        agent = SerfAgent(name, self.folder, key=key, join=join, profile=LOCAL, **more)
         self._stack.callback(agent.kill)
         self.serfs.append(agent)
         agent.wait_ready()

@@ -13,7 +13,7 @@ from kvmesh.discovery.wire import compression
 from tests.discovery.support import key
 from tests.interop.crowd import Crowd
 from tests.interop.support import KINDS, SLACK_S, key_of
-from tests.support.serf import LOCAL, SerfAgent, installed
+from tests.support.serf import LAN, SerfAgent, installed
 from tests.support.waiting import wait_until_async
 
 pytestmark = [
@@ -65,8 +65,8 @@ async def scene(serfs: list[SerfAgent], secret: bytes) -> None:
         await crowd.stop("n13")
         serfs[2].kill()
         after = everyone | {"n7": "left", "n13": "left", "s3": "failed"}
-        await crowd.wait_states(after, LOCAL.failed_within_s(len(everyone)))
-        await wait_serf_states(serfs[:2], after, LOCAL.failed_within_s(len(everyone)) + SLACK_S)
+        await crowd.wait_states(after, LAN.failed_within_s(len(everyone)))
+        await wait_serf_states(serfs[:2], after, LAN.failed_within_s(len(everyone)) + SLACK_S)
         for name, node in crowd.nodes.items():
             network = crowd.networks[name].counters
             assert (dict(network.refused), dict(network.left_out), network.unexpected_errors) == ({}, {}, 0), name

@@ -187,7 +187,7 @@ class Scenario:
     def _start(self, name: str, *, at: float = 0.0, ip: bytes | None = None) -> None:
         if name in self._gone:
             return
-        self._epoch += 1
+        self._epoch += 1000  # milliseconds, like those of real processes: the starts of one name are a second apart
         if ip is None:
             self._host += 1
             ip = ip_of(self._host)

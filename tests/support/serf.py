@@ -76,7 +76,7 @@ class SerfAgent:
         *,
         key: str = "",
         join: Iterable[str] = (),
-        profile: Profile = LOCAL,
+        profile: Profile = LAN,
         tags: dict[str, str] | None = None,
     ) -> None:
         self.name = name

@@ -32,7 +32,11 @@ def test_two_agents_see_each_other_one_leaves_and_nobody_complains(tmp_path: Pat
 
 
 def test_one_that_is_killed_is_failed_within_the_bound_and_complaints_are_told(tmp_path: Path) -> None:
-    with SerfAgent("a", tmp_path) as a, SerfAgent("b", tmp_path) as b, SerfAgent("c", tmp_path, key=KEY) as c:
+    with (
+        SerfAgent("a", tmp_path, profile=LOCAL) as a,
+        SerfAgent("b", tmp_path, profile=LOCAL) as b,
+        SerfAgent("c", tmp_path, key=KEY) as c,
+    ):
         b.join(a.address)
         with pytest.raises(AssertionError, match="serf join said"):
             c.join(a.address)
