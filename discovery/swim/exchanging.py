@@ -139,9 +139,8 @@ class Exchanger:
             self._exchange_with_one(lambda node: node.state is DEAD, now)
 
     def _exchange_with_one(self, wanted: Callable[[Node], bool], now: float) -> None:
-        if not self._shared.leaving:
-            for node in self._shared.table.some(1, wanted):
-                self.exchange_with(node, now)
+        for node in self._shared.table.some(1, wanted):
+            self.exchange_with(node, now)
 
     def exchange_with(self, node: Node, now: float) -> None:
         """Exchange everything with this node."""
@@ -150,7 +149,7 @@ class Exchanger:
     # --- the exchange itself --------------------------------------------------------------------------------------
 
     def _exchange(self, target: Endpoint, now: float, *, join: bool) -> None:
-        if any(target == other for other, _ in self._under_way.values()):
+        if self._shared.leaving or any(target == other for other, _ in self._under_way.values()):
             return
         number = self._shared.number()
         self._under_way[number] = (target, join)

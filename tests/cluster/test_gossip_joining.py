@@ -66,7 +66,7 @@ def test_nodes_find_the_mesh_again_by_the_members_of_their_last_run(cluster: Hos
     b = cluster.start("b", 3)  # and nobody to join is given
     wait_alive([a, b, c], 10)
     for name in "abc":
-        wait_until(lambda name=name: len(remembered(cluster, name)) == 2, 5, f"{name} has written down the others")
+        wait_until(lambda name=name: len(remembered(cluster, name)) == 2, 5, f"{name} wrote down the others")
     for agent in (a, b, c):
         agent.kill()
     a, b, c = (cluster.start(name, host) for name, host in (("a", 2), ("b", 3), ("c", 4)))

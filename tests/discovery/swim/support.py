@@ -265,6 +265,7 @@ def accusation(name: str, incarnation: int = 1, accuser: str = "n2") -> Suspect:
 
 
 def death(name: str, incarnation: int = 1, accuser: str = "n2") -> Dead:
+    assert accuser != name, "that would be a departure"
     return Dead(incarnation, name, accuser)
 
 

@@ -40,6 +40,7 @@ def test_they_have_memberlists_constants(name: str, profile: Profile):
 def test_and_none_of_our_additions(profile: Profile):
     additions = profile.ping_interval_s, profile.insist_interval_s, profile.gossip_at_once, profile.push_pull_linear
     assert additions == (0.0, 0.0, False, False)
+    assert profile.transmits_min == 0
     assert profile.reconnect_interval_s == 30.0  # Serf's
 
 

@@ -97,6 +97,16 @@ def test_a_smaller_one_that_comes_later_is_seen():
     assert take(queue, 22) == ["small"]
 
 
+def test_where_many_did_not_fit_it_looks_no_further():
+    queue = filled("small")
+    for number in range(7):
+        queue.put(f"large {number}", rumour("large"), 500)
+    assert take(queue, 100) == ["small"]
+    queue.put("large 7", rumour("large"), 500)
+    assert take(queue, 100) == []
+    assert take(queue, 600) == ["large", "small"]
+
+
 def test_at_its_bound_it_drops_what_was_sent_most_often_and_is_oldest():
     queue = filled("a", "b", "c", rumours_max=3)
     assert take(queue, 12) == ["c"]
