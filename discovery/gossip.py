@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from ipaddress import IPv6Address, ip_address
 from random import Random
 from typing import Final
 
@@ -50,7 +49,7 @@ from .swim.nodes import Node
 from .swim.profile import KVMESH_LAN, Profile
 from .swim.timers import NEVER
 from .wire.keyring import Keyring
-from .wire.messages import VERSIONS, Alive, Endpoint
+from .wire.messages import VERSIONS, Alive, Endpoint, text_of
 
 HEAD_PREFIX: Final = b"KH"
 """Of a user message with one head. Serf notes in its log that it does not know the type, and passes over it."""
@@ -341,12 +340,3 @@ def _read(meta: bytes) -> Meta | Foreign:
 def _epoch(meta: bytes) -> int | None:
     read = _read(meta)
     return read.epoch if isinstance(read, Meta) else None
-
-
-@lru_cache(maxsize=8192)
-def text_of(endpoint: Endpoint) -> str:
-    """``HOST:PORT``, an IPv6 address in brackets. An IPv4 address may have come in the form of IPv6."""
-    address = ip_address(endpoint.ip)
-    if isinstance(address, IPv6Address):
-        address = address.ipv4_mapped or address
-    return f"[{address}]:{endpoint.port}" if address.version == 6 else f"{address}:{endpoint.port}"

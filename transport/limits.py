@@ -226,6 +226,8 @@ STREAM_SERVE_TIMEOUT_S: Final = 10.0
 """For a peer's whole stream, its message and our answer."""
 STREAMS_SERVED_MAX: Final = 128
 """Streams of peers at once: memberlist's bound on push/pulls."""
+STREAMS_PER_SOURCE_MAX: Final = 32
+"""Streams of one address at once: a host that opens them and says nothing leaves room for others."""
 STREAMS_OPENED_MAX: Final = 1024
 """Streams of our own at once: a change of keys opens one to each member."""
 STREAM_BYTES_HELD_MAX: Final = 32 * MIB

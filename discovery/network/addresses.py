@@ -8,8 +8,7 @@ import socket
 from ipaddress import ip_address
 from typing import Final
 
-from kvmesh.discovery.gossip import text_of
-from kvmesh.discovery.wire.messages import Endpoint
+from kvmesh.discovery.wire.messages import Endpoint, text_of
 
 _MAPPED: Final = bytes(10) + b"\xff\xff"
 _PORT_MAX: Final = 65535

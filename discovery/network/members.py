@@ -1,8 +1,8 @@
 """The file of the last known members: where they are reached, for a node that starts again after a crash.
 
 A line each, ``HOST:PORT``, and comments. It is replaced as a whole, and only its owner can read it. What cannot be read
-in it is passed over: at worst the node has only its seeds. A symlink, or anything else that is no plain file, is not
-read, and not written through. Whoever leaves on purpose removes the file.
+in it is passed over: at worst the node has only its seeds. A symlink, a file of another user, or anything else that is
+no plain file, is not read, and not written through. Whoever leaves on purpose removes the file.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvmesh.discovery.gossip import text_of
-from kvmesh.discovery.wire.messages import Endpoint
+from kvmesh.discovery.wire.messages import Endpoint, text_of
 from kvmesh.transport.limits import MEMBERS_FILE_BYTES_MAX, MEMBERS_REMEMBERED_MAX
 
 from .addresses import parse_endpoint
@@ -26,14 +25,15 @@ def read_members_file(path: Path) -> list[Endpoint]:
         # Not blocking: a pipe in the file's place would hold up the start of the node for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            is_plain = stat.S_ISREG(os.fstat(descriptor).st_mode)
-            text = os.read(descriptor, MEMBERS_FILE_BYTES_MAX).decode(errors="replace") if is_plain else ""
+            found = os.fstat(descriptor)
+            is_ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
+            text = os.read(descriptor, MEMBERS_FILE_BYTES_MAX).decode(errors="replace") if is_ours else ""
         finally:
             os.close(descriptor)
     except OSError:
         return []
-    found = dict.fromkeys(endpoint for line in text.splitlines() if (endpoint := _endpoint(line)) is not None)
-    return list(found)[:MEMBERS_REMEMBERED_MAX]
+    members = dict.fromkeys(endpoint for line in text.splitlines() if (endpoint := _endpoint(line)) is not None)
+    return list(members)[:MEMBERS_REMEMBERED_MAX]
 
 
 def write_members_file(path: Path, members: Sequence[Endpoint]) -> None:

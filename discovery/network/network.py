@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from kvmesh.discovery.actions import Action
-from kvmesh.discovery.gossip import text_of
 from kvmesh.discovery.swim.events import (
     AnswerPull,
     Exchange,
@@ -30,7 +29,7 @@ from kvmesh.discovery.swim.events import (
 )
 from kvmesh.discovery.wire.errors import WireError
 from kvmesh.discovery.wire.keyring import Keyring
-from kvmesh.discovery.wire.messages import Endpoint
+from kvmesh.discovery.wire.messages import Endpoint, text_of
 from kvmesh.discovery.wire.packets import PacketCodec, overhead_bytes
 from kvmesh.discovery.wire.streams import StreamCodec
 from kvmesh.transport.limits import RESOLVE_TIMEOUT_S, SEED_ADDRESSES_MAX

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -36,6 +37,7 @@ from kvmesh.transport.limits import (
     STREAM_LINGER_S,
     STREAM_SERVE_TIMEOUT_S,
     STREAMS_OPENED_MAX,
+    STREAMS_PER_SOURCE_MAX,
     STREAMS_SERVED_MAX,
 )
 
@@ -62,6 +64,8 @@ class Streams:
         """By token: what a peer that pushed its state waits for."""
         self._served: set[asyncio.Task[None]] = set()
         self._served_bytes = _Held()
+        self._sources: Counter[bytes] = Counter()
+        """Streams that are served, by the peer's address."""
         self._opened: set[asyncio.Task[None]] = set()
         self._opened_bytes = _Held()
 
@@ -76,14 +80,21 @@ class Streams:
 
     def serve(self, connection: Connection, source: Endpoint) -> None:
         """A peer opened a stream."""
-        if len(self._served) >= STREAMS_SERVED_MAX:
+        if len(self._served) >= STREAMS_SERVED_MAX or self._sources[source.ip] >= STREAMS_PER_SOURCE_MAX:
             self._account.counters.streams_refused += 1
             connection.close()
             return
         self._account.counters.streams_served += 1
         stream = _Stream(connection, self._codec, self._account, self._served_bytes)
         task = _spawn(self._serve(stream, source), self._served)
-        task.add_done_callback(lambda _: stream.close())  # also when it was cancelled before it began
+        self._sources[source.ip] += 1
+        task.add_done_callback(lambda _: self._served_one(stream, source))  # also when it was cancelled before it began
+
+    def _served_one(self, stream: _Stream, source: Endpoint) -> None:
+        stream.close()
+        self._sources[source.ip] -= 1
+        if not self._sources[source.ip]:
+            del self._sources[source.ip]
 
     async def _serve(self, stream: _Stream, source: Endpoint) -> None:
         try:

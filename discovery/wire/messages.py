@@ -19,6 +19,8 @@ Numbers and meanings: hashicorp/memberlist, net.go. Values only; what the bytes 
 from __future__ import annotations
 
 import enum
+from functools import lru_cache
+from ipaddress import IPv6Address, ip_address
 from typing import Final, NamedTuple
 
 import msgspec
@@ -59,6 +61,15 @@ class Endpoint(NamedTuple):
 
     ip: bytes
     port: int
+
+
+@lru_cache(maxsize=8192)
+def text_of(endpoint: Endpoint) -> str:
+    """``HOST:PORT``, an IPv6 address in brackets. An IPv4 address may have come in the form of IPv6."""
+    address = ip_address(endpoint.ip)
+    if isinstance(address, IPv6Address):
+        address = address.ipv4_mapped or address
+    return f"[{address}]:{endpoint.port}" if address.version == 6 else f"{address}:{endpoint.port}"
 
 
 class Message(msgspec.Struct, frozen=True, gc=False):

@@ -11,10 +11,10 @@ from pathlib import Path
 from random import Random
 
 from kvmesh.discovery import CALL_PREFIX, Discovery, Gossip, Identity, Journal, Member
-from kvmesh.discovery.gossip import text_of
 from kvmesh.discovery.network import GossipNetwork, MemoryGossip, open_network
 from kvmesh.discovery.swim.profile import KVMESH_LAN, Profile
 from kvmesh.discovery.wire import Endpoint, Keyring
+from kvmesh.discovery.wire.messages import text_of
 from kvmesh.transport.memory import MemoryNetwork, MemoryTransport
 from tests.discovery.support import SIZE, SPACE, key
 

@@ -112,3 +112,9 @@ def test_when_it_cannot_be_written_the_old_one_stays(path: Path, monkeypatch: py
     path.with_name(f".{path.name}.new").write_text("of a process that was killed while it wrote")
     write_members_file(path, [V6])
     assert read_members_file(path) == [V6]
+
+
+def test_a_file_of_another_user_is_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_members_file(path, [V4])
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    assert read_members_file(path) == []

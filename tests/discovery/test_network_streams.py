@@ -191,8 +191,11 @@ def test_a_protocol_that_does_not_answer_costs_a_stream_its_time_only(monkeypatc
     run(scene)
 
 
-def test_streams_beyond_the_bound_are_closed_at_once_and_others_served_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "STREAMS_SERVED_MAX", 3)
+@pytest.mark.parametrize("bound", ["STREAMS_SERVED_MAX", "STREAMS_PER_SOURCE_MAX"])
+def test_streams_beyond_the_bound_are_closed_at_once_and_others_served_later(
+    bound: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, bound, 3)
 
     async def scene(world: World) -> None:
         peers = [await world.peer() for _ in range(3)]

@@ -8,7 +8,8 @@ import kvmesh.discovery
 def test_the_public_names() -> None:
     assert kvmesh.discovery.__all__ == [
         "CALL_PREFIX", "HEAD_BYTES", "TIERS", "ClusterMap", "Conflict", "Discovery", "DiscoveryStats",
-        "FollowerCounters", "Gossip", "GossipMembership", "GossipStats", "Head", "Identity", "Journal", "MapSummary", "Member", "MemberState", "Membership",
+        "FollowerCounters", "Gossip", "GossipMembership", "GossipStats", "Head", "Identity", "Journal", "MapSummary",
+        "Member", "MemberState", "Membership",
         "NamespaceSummary", "NodeSummary", "PingCounters", "Record", "Run", "StaticMembership", "Totals", "node_id",
     ]  # fmt: skip
     for name in kvmesh.discovery.__all__:

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from kvmesh.discovery.actions import Started
 from kvmesh.discovery.swim.events import (
     AnswerPull,
     Exchange,
