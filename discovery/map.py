@@ -42,6 +42,8 @@ class NodeSummary:
     """False while it is read for the first time, and when the map had no room for all of it."""
     epoch: int
     seq: int
+    fingerprint: int
+    """Over all copies, as the node's own head has it: equal on all that are up to date."""
     totals: Totals
 
 
@@ -236,12 +238,13 @@ class ClusterMap:
         if self._own is not None:
             head = self._own.head
             totals = _sum_up(self._own.name, self._own.holdings, self._own.descriptions, spaces)
-            nodes.append(NodeSummary(self._own.name, True, head.epoch, head.seq, totals))
+            nodes.append(NodeSummary(self._own.name, True, head.epoch, head.seq, head.fingerprint, totals))
             entries += totals.chunks
         for name, table in self._tables.items():
             totals = _sum_up(name, table.holdings, table.descriptions, spaces)
             complete = table.synced and not table.refused
-            nodes.append(NodeSummary(name, complete, table.epoch, table.seq, totals))
+            fingerprint = table.holdings.fingerprint
+            nodes.append(NodeSummary(name, complete, table.epoch, table.seq, fingerprint, totals))
             entries += totals.chunks
         nodes.sort(key=lambda node: node.name)
         namespaces = [

@@ -152,6 +152,7 @@ class Queries:
                     "complete": node.complete,
                     "epoch": node.epoch,
                     "seq": node.seq,
+                    "fingerprint": f"{node.fingerprint:016x}",
                     "chunks": node.totals.chunks,
                     "bytes": node.totals.size_bytes,
                     "tiers": {

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from kvmesh.discovery.actions import Notify
 from kvmesh.discovery.wire.messages import Endpoint, PushPull
@@ -43,6 +44,15 @@ class JoinFailed:
     retry_in_s: float
 
 
+class _UnderWay(NamedTuple):
+    """An exchange of ours."""
+
+    target: Endpoint
+    join: bool
+    seed: str
+    """What was looked up to find the target; empty when it was known."""
+
+
 class Exchanger:
     """See above."""
 
@@ -51,13 +61,13 @@ class Exchanger:
         self._beliefs = beliefs
         self._seeds = tuple(seeds)
         self._known = tuple(endpoint for endpoint in known if endpoint != shared.own.endpoint)
-        self._under_way: dict[int, tuple[Endpoint, bool]] = {}
-        """By number: the target, and whether it is to join."""
+        self._under_way: dict[int, _UnderWay] = {}
         self._resolving: set[str] = set()
         self._reasons: list[str] = []
         """What went wrong in this round of joining."""
         self._retry_s = JOIN_RETRY_S
         self._remembering = False
+        self._remembered_at = float("-inf")
 
     def start(self, now: float) -> None:
         """Join, and begin the repairs."""
@@ -106,7 +116,13 @@ class Exchanger:
         others = [endpoint for endpoint in event.endpoints if endpoint != own]
         if not any(endpoint in members for endpoint in others):
             for endpoint in self._pick(others):
-                self._exchange(endpoint, now, join=True)
+                self._exchange(endpoint, now, join=True, seed=event.seed)
+
+    def hear_of(self, stranger: Endpoint, now: float) -> None:
+        """A node that is not known here pings this one, so it knows it: from before a restart, most likely. Whoever is
+        alone joins it."""
+        if self._is_alone() and not self._shared.leaving:
+            self._exchange(stranger, now, join=True)
 
     def _pick(self, endpoints: Sequence[Endpoint]) -> list[Endpoint]:
         return self._shared.random.sample(endpoints, min(len(endpoints), JOIN_DIALS_MAX))
@@ -148,11 +164,11 @@ class Exchanger:
 
     # --- the exchange itself --------------------------------------------------------------------------------------
 
-    def _exchange(self, target: Endpoint, now: float, *, join: bool) -> None:
-        if self._shared.leaving or any(target == other for other, _ in self._under_way.values()):
+    def _exchange(self, target: Endpoint, now: float, *, join: bool, seed: str = "") -> None:
+        if self._shared.leaving or any(target == other.target for other in self._under_way.values()):
             return
         number = self._shared.number()
-        self._under_way[number] = (target, join)
+        self._under_way[number] = _UnderWay(target, join, seed)
         timeout_s = self._shared.profile.stream_timeout_s
         self._shared.out.append(Exchange(number, target, self._beliefs.state(join=join), timeout_s))
         # Whoever performs it reports its end. Should that get lost, the target must not stay blocked for ever.
@@ -173,7 +189,7 @@ class Exchanger:
             return
         self._shared.counters.exchanges += 1
         if self._beliefs.merge(state, now):
-            self._shared.out.append(SendPacket(under_way[0], (self._shared.own.alive(),)))
+            self._shared.out.append(SendPacket(under_way.target, (self._shared.own.alive(),)))
 
     def on_failed(self, number: int, reason: str) -> bool:
         """An exchange of ours got nowhere. False when the number is not one of an exchange."""
@@ -181,8 +197,9 @@ class Exchanger:
         if under_way is None:
             return False
         self._shared.counters.exchanges_failed += 1
-        if under_way[1]:
-            self._note(reason)
+        if under_way.join:
+            of_seed = under_way.seed and not reason.startswith(under_way.seed)
+            self._note(f"{under_way.seed}: {reason}" if of_seed else reason)
         return True
 
     def on_pulled(self, event: Pulled, now: float) -> None:
@@ -199,13 +216,14 @@ class Exchanger:
     # --- the next start -------------------------------------------------------------------------------------------
 
     def remember_soon(self, now: float) -> None:
-        """The members changed. They are remembered a little later, since they seldom change alone."""
+        """The members changed. The first are remembered at once; a further change a little later, since members seldom
+        change alone."""
         if not self._remembering:
             self._remembering = True
-            self._shared.timers.at(now + REMEMBER_S, self._remember)
+            self._shared.timers.at(max(now, self._remembered_at + REMEMBER_S), self._remember)
 
-    def _remember(self, _now: float) -> None:
-        self._remembering = False
+    def _remember(self, now: float) -> None:
+        self._remembering, self._remembered_at = False, now
         own = self._shared.own
         there = [node.endpoint for node in self._shared.table if node is not own and node.state is not LEFT]
         self._shared.out.append(Remember(tuple(there[:MEMBERS_REMEMBERED_MAX])))

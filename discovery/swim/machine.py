@@ -70,7 +70,7 @@ class Swim:
         self._shared = Shared(node, profile, random, app, packet_overhead_bytes)
         self._beliefs = Beliefs(self._shared)
         self._exchanger = Exchanger(self._shared, self._beliefs, seeds, known)
-        self._prober = Prober(self._shared, self._beliefs, self._exchanger.exchange_with)
+        self._prober = Prober(self._shared, self._beliefs, self._exchanger)
         self._app = app
         self._last_words: tuple[Message, ...] = ()
         self._members_there = 1

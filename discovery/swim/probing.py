@@ -12,7 +12,6 @@ Sources: Das, Gupta, Motivala 2002 (SWIM); Dadgar et al. 2018 (Lifeguard); membe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,6 +21,7 @@ from kvmesh.transport.limits import RELAYS_MAX
 from .base import Shared
 from .beliefs import Beliefs
 from .events import StreamPing
+from .exchanging import Exchanger
 from .nodes import ALIVE, Node
 from .suspicion import Suspicion
 
@@ -53,11 +53,10 @@ class _Relay:
 class Prober:
     """See above."""
 
-    def __init__(self, shared: Shared, beliefs: Beliefs, exchange: Callable[[Node, float], None]) -> None:
+    def __init__(self, shared: Shared, beliefs: Beliefs, exchanger: Exchanger) -> None:
         self._shared = shared
         self._beliefs = beliefs
-        self._exchange = exchange
-        """Begins a push/pull with a node."""
+        self._exchanger = exchanger
         self._probe: _Probe | None = None
         self._insisted: dict[int, tuple[Node, Suspicion]] = {}
         """Pings to suspects that were not answered yet."""
@@ -201,7 +200,7 @@ class Prober:
         node.seen_at = now
         if node.suspicion is suspicion:
             suspicion.restart(now)
-            self._exchange(node, now)
+            self._exchanger.exchange_with(node, now)
 
     # --- the probes of others -------------------------------------------------------------------------------------
 
@@ -212,8 +211,11 @@ class Prober:
         if ping.node and ping.node != shared.own.name:
             shared.counters.pings_misdirected += 1
             return
-        if ping.source_node and (node := shared.table.get(ping.source_node)) is not None:
+        node = shared.table.get(ping.source_node)
+        if node is not None:
             node.seen_at = now
+        elif ping.source_node:
+            self._exchanger.hear_of(source, now)
         answer = Ack(ping.seq)
         if is_accused and not shared.leaving:
             shared.send(self._reply_to(ping, source), answer, shared.own.alive())

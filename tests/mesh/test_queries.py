@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kvmesh import queries
-from kvmesh.discovery import Head, Identity, Member, MemberState, node_id
+from kvmesh.discovery import Conflict, Head, Identity, Member, MemberState, node_id
 from kvmesh.discovery.keying import KeysResult, NodeKeys
 from kvmesh.queries import Queries
 from kvmesh.transport.errors import CallerError, ProtocolError
@@ -57,6 +57,9 @@ class FakeDiscovery:
         self.nodes: list[Any] = []
         return self
 
+    def conflicts(self) -> list[Conflict]:
+        return [Conflict("b", "127.0.0.1:2", "127.0.0.1:3")]
+
     def members(self) -> Any:
         return self._members
 
@@ -99,6 +102,11 @@ def test_the_own_head_is_as_new_as_can_be_and_a_controller_has_none():
     found = nodes(member("a"), member("c", role="controller", head=None, head_at=1.0))
     assert (found["a"]["head_age_s"], found["a"]["rtt_s"]) == (0.0, None)
     assert (found["c"]["head_age_s"], found["c"]["seq"]) == (None, 0)
+
+
+def test_names_that_two_processes_use_are_told():
+    conflicts = Queries(FakeDiscovery(), dict).nodes()["conflicts"]  # type: ignore[arg-type]
+    assert conflicts == [{"name": "b", "address": "127.0.0.1:2", "other_address": "127.0.0.1:3"}]
 
 
 def test_a_serf_agent_is_listed_without_what_it_cannot_know():

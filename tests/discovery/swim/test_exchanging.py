@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from kvmesh.discovery.swim.events import (
 )
 from kvmesh.discovery.swim.exchanging import JoinFailed
 from kvmesh.discovery.swim.profile import KVMESH_LAN, LAN
-from kvmesh.discovery.wire.messages import PushedState
+from kvmesh.discovery.wire.messages import Ping, PushedState
 from kvmesh.transport.limits import JOIN_DIALS_MAX, JOIN_RETRY_S_MAX, MEMBERS_REMEMBERED_MAX, SEED_RETRY_S
 from tests.discovery.swim.support import (
     ME,
@@ -103,7 +104,7 @@ def test_a_failed_join_says_all_that_was_tried():
     lone.exchanged(exchanges(lone)[-1], pushed("n3", versions=WRONG_VERSIONS))
     failed = only(notices(lone.run(1.3)))
     assert isinstance(failed, JoinFailed)
-    assert failed.reasons[:3] == ("10.0.0.9:7946: no route", "a:1: no such name", "10.0.0.2:7946: refused")
+    assert failed.reasons[:3] == ("10.0.0.9:7946: no route", "a:1: no such name", "b:2: 10.0.0.2:7946: refused")
     assert "n3 speaks the protocol versions 01 05 05 02 04 04" in failed.reasons[3]
     assert lone.swim.counters.exchanges_failed == 2
     assert lone.swim.counters.incompatible == 1
@@ -273,17 +274,17 @@ def test_everything_is_exchanged_with_one_that_is_alive_at_an_interval():
     assert {exchange.target for _, exchange in found if exchange.target != at(3)} == {at(2), at(5), at(6), at(7)}
     assert not any(exchange.state.join for _, exchange in found)
     others = [when for when, exchange in found if exchange.target != at(3)]
-    assert all(later - earlier == pytest.approx(30.0) for earlier, later in zip(others, others[1:], strict=False))
+    assert all(later - earlier == pytest.approx(30.0) for earlier, later in itertools.pairwise(others))
     assert found[0][0] < 131, "the first comes at a random time"
 
 
 def test_the_interval_grows_with_the_mesh():
     lone = Lone(others=70)
     times = [when for when, _ in repairs(lone, 400.0)]
-    assert all(later - earlier == pytest.approx(90.0) for earlier, later in zip(times, times[1:], strict=False))
+    assert all(later - earlier == pytest.approx(90.0) for earlier, later in itertools.pairwise(times))
     lone = Lone(KVMESH_LAN, others=127)
     times = [when for when, _ in repairs(lone, 200.0)]
-    assert all(later - earlier == pytest.approx(60.0) for earlier, later in zip(times, times[1:], strict=False))
+    assert all(later - earlier == pytest.approx(60.0) for earlier, later in itertools.pairwise(times))
     assert len(times) >= 2
 
 
@@ -345,3 +346,23 @@ def test_of_many_some_are_remembered():
     lone.hear(*(alive(f"n{number}") for number in range(2, 202)))
     endpoints = only(of(lone.run(5.0), Remember)).endpoints
     assert len(set(endpoints)) == len(endpoints) == MEMBERS_REMEMBERED_MAX
+
+
+# --- a stranger's ping ------------------------------------------------------------------------------------------------
+
+
+def test_whoever_is_alone_joins_the_node_that_pings_it_unknown():
+    lone = Lone()
+    lone.hear(Ping(1, "n1", *at(5), "n5"), source=at(5))
+    exchange = only(exchanges(lone))
+    assert (exchange.target, exchange.state.join) == (at(5), True)
+    lone.hear(Ping(2, "n1", *at(5), "n5"), source=at(5))
+    assert len(exchanges(lone)) == 1, "one exchange at a time"
+
+
+def test_in_company_a_strangers_ping_is_answered_and_no_more():
+    lone = Lone(others=2)
+    before = len(exchanges(lone))
+    actions = lone.hear(Ping(1, "n1", *at(5), "n5"), source=at(5))
+    assert len(of(actions, SendPacket)) == 1
+    assert len(exchanges(lone)) == before

@@ -272,9 +272,8 @@ def test_our_profile_asks_a_suspect_again_from_half_of_the_time_on():
     lone.quiet()
     insisted = []
     while lone.now < 106 and lone.node("n3").suspicion is suspicion:
-        for action in lone.run(0.05):
-            if isinstance(action, SendPacket) and action.target == at(3) and Suspect(1, "n3", "n1") in action.messages:
-                insisted.append((lone.now, action.messages[0]))
+        packets = [packet for packet in of(lone.run(0.05), SendPacket) if packet.target == at(3)]
+        insisted += [(lone.now, one.messages[0]) for one in packets if Suspect(1, "n3", "n1") in one.messages]
     first = insisted[0][0]
     assert first >= suspicion.half_time
     assert len(insisted) >= 4
@@ -406,7 +405,7 @@ def test_a_node_is_pinged_for_another_and_its_ack_passed_on():
 @pytest.mark.parametrize("wanted", [True, False])
 def test_or_its_silence_where_that_is_wanted(wanted: bool):
     lone = Lone(others=3)
-    target, ping = only(sent(lone.hear(IndirectPing(78, *at(3), "n3", wanted, *at(2), "n2")), Ping))
+    _target, ping = only(sent(lone.hear(IndirectPing(78, *at(3), "n3", wanted, *at(2), "n2")), Ping))
     assert sent(lone.run(0.49), Nack) == []
     assert sent(lone.run(0.02), Nack) == ([(at(2), Nack(78))] if wanted else [])
     assert sent(lone.hear(Ack(ping.seq)), Ack) == [], "too late"

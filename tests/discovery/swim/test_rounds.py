@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -49,7 +50,7 @@ def test_rounds_keep_their_interval_and_end_with_the_rumours():
     lone.run(5.0, silent=())
     times = sorted({when for when, action in lone.done if rounds([action])})
     assert lone.swim.rumours == 0
-    assert all(later - earlier == pytest.approx(0.2) for earlier, later in zip(times, times[1:], strict=False))
+    assert all(later - earlier == pytest.approx(0.2) for earlier, later in itertools.pairwise(times))
     told = sum(alive("n20") in action.messages for _, action in lone.done if isinstance(action, SendPacket))
     assert told == 8, "with eleven nodes, 4 * ceil(log10(12)) times"
 
