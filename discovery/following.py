@@ -111,6 +111,8 @@ class Follower:
         self.counters = counters or FollowerCounters()
         self.heard_at = float("-inf")
         """When the node last gave a valid answer."""
+        self.told_epoch = 0
+        """The start of the node that the membership last told of: the table may know of a later one by an answer."""
         self._own_name = own_name
         self._node_id = node_id(name)
         self._table = table
@@ -167,6 +169,7 @@ class Follower:
         if head.node_id != self._node_id:
             self.counters.malformed += 1
             return []
+        self.told_epoch = head.epoch
         if head.epoch < table.epoch or (head.epoch == table.epoch and self.mode is Mode.IDLE):
             self.counters.late += 1
             return []
@@ -302,6 +305,8 @@ class Follower:
             raise ProtocolError("more or fewer descriptions than entries that take one")
         self._apply([shapes[number] for number in index], keys, iter(answer.descriptions))
         self._failures = 0
+        if not keys:
+            self._shown_seq = min(self._shown_seq, head.seq)  # the node has no more, whoever told that it has
         if self._snapshot is not None and self._table.seq >= self._snapshot.seq:
             self._snapshot = None
         if (actions := self._repair_if_unlike(head, now)) is not None:

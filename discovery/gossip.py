@@ -222,10 +222,11 @@ class GossipMembership:
         """Turn a change of the protocol into events about a member."""
         if isinstance(_read(node.meta), _Unreadable) and change in (Change.JOINED, Change.UPDATED):
             self.counters.malformed += 1
+        if change in (Change.JOINED, Change.UPDATED):
+            self._heads.know(node.name, _epoch(node.meta))
         member = self._member(node)
         match change:
             case Change.JOINED:
-                self._heads.know(node.name)
                 self._events.append(Joined(member))
                 self._meet_foreign(node, now)
             case Change.FAILED:

@@ -1,7 +1,9 @@
 """The newest head that each node told, as gossip brings it: by rumour, or in a push/pull.
 
 A head names its node by 16 bytes, so it counts only for a node whose name is known. It may come before the word that
-the node has started again; it is kept, and counts once the node's epoch is the head's. Values only; no clock.
+the node has started again; it is kept, and counts once the node's epoch is the head's. But one of the start that is
+known outranks those of any other: after a restart with the clock set back, the old start's is the larger one. Values
+only; no clock.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ class HeadTable:
     """Name → (head, when it was told)."""
 
     def __init__(self) -> None:
-        self._names: dict[bytes, str] = {}
+        self._names: dict[bytes, tuple[str, int | None]] = {}
+        """By id: the name, and the epoch of the start that is known."""
         self._heads: dict[str, tuple[Head, float]] = {}
 
-    def know(self, name: str) -> None:
-        """There is a node of that name."""
-        self._names[node_id(name)] = name
+    def know(self, name: str, epoch: int | None) -> None:
+        """There is a node of that name, and this is its start."""
+        self._names[node_id(name)] = name, epoch
 
     def forget(self, name: str) -> None:
         """The node is gone: what it told last means nothing any more."""
@@ -31,11 +34,11 @@ class HeadTable:
 
     def take(self, head: Head, now: float) -> str | None:
         """A head was told. The name of its node, when that is known and the head is news."""
-        name = self._names.get(head.node_id)
-        if name is None:
+        name, epoch = self._names.get(head.node_id, ("", None))
+        if not name:
             return None
         known = self._heads.get(name)
-        if known is not None and (head.epoch, head.seq) <= (known[0].epoch, known[0].seq):
+        if known is not None and _rank(head, epoch) <= _rank(known[0], epoch):
             return None
         self._heads[name] = head, now
         return name
@@ -51,6 +54,10 @@ class HeadTable:
     def all(self) -> Iterable[Head]:
         """Those that were told."""
         return [head for head, _ in self._heads.values()]
+
+
+def _rank(head: Head, epoch: int | None) -> tuple[bool, int, int]:
+    return head.epoch == epoch, head.epoch, head.seq
 
 
 def pack_heads(heads: Iterable[Head]) -> bytes:

@@ -9,8 +9,12 @@ node lacks, or to *remove* one that some node still uses, would cut the cluster 
 a question for the lists, and change nothing unless all answers allow it. The asker changes its own keyring last, when
 no question is left to seal. A round ends when all have answered, at the latest after `KEYS_ROUND_S`.
 
-A question that comes a second time is refused, and so is an answer that nobody waits for; both are counted. Not
-promised: a node that has started again has forgotten which questions it saw. Keys are never told, only fingerprints.
+Two changes that two nodes ask for at once may each be fine, and together cut the cluster. So a node that asks for a
+change answers no other asker meanwhile: at most one of the two gets past its first round.
+
+A question that comes a second time (among the last KEYS_REMEMBERED_MAX) is refused, and so is an answer that nobody
+waits for; both are counted. Not promised: a node that has started again has forgotten which questions it saw. Keys are
+never told, only fingerprints.
 
 Sans-IO: time, numbers, random ids and the saving of the file come from whoever runs it.
 """
@@ -272,12 +276,15 @@ class KeyManager:
         self._seen[question.id] = None
         self.counters.questions += 1
         if self._keyring is None:
-            error, known = NO_KEYRING, tuple[str, ...]()
+            # Who may ask has a key, and seals. This is somebody else, who shall not choose where this node calls.
+            self.counters.refused += 1
+            return []
+        if self._round is not None and self._round.operation != "list":
+            error = "it asks for a change of keys itself: wait some seconds and try again"
         else:
             error = self._apply(self._keyring, question.operation, question.key)
-            known = _fingerprints(self._keyring)
         self.counters.refused += bool(error)
-        shown = [bytes.fromhex(one) for one in known]
+        shown = [bytes.fromhex(one) for one in _fingerprints(self._keyring)]
         answer = _pack(_Answer(question.id, self._name, error[:KEYS_ERROR_CHARS_MAX], shown))
         return [SendUser(self._numbers(), Endpoint(question.ip, question.port), answer, KEYS_ROUND_S)]
 

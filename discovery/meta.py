@@ -40,11 +40,12 @@ from .messages import Role
 
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
 FOREIGN_ROLE: Final = "serf"
-"""How a member that is none of ours is listed when its own tags name no role, or one of ours."""
+"""How a member that is none of ours is listed when its own tags name no role that can be shown, or one of ours."""
 _TAGS: Final = 255
 _OWN: Final = frozenset({"role", "kvmesh", "mesh_port", "epoch", "key"})
 _FACTS_FIRST: Final = ("host", "gpus", "cpus", "memory_bytes", "boot")
 _VERSION_MAX: Final = 255
+_ROLE_CHARS_MAX: Final = 64
 _NUMBER: Final = re.compile(r"0|[1-9][0-9]{0,19}")
 
 
@@ -88,9 +89,9 @@ class Foreign:
 
     @property
     def role(self) -> str:
-        """What it is listed as: never as one of ours."""
+        """What it is listed as: never as one of ours, and only what a line of a log can hold."""
         role = self.tags.get("role", "")
-        return FOREIGN_ROLE if not role or role in ROLES else role
+        return role if role not in ROLES and role.isprintable() and 0 < len(role) <= _ROLE_CHARS_MAX else FOREIGN_ROLE
 
 
 def decode_meta(data: bytes) -> Meta | Foreign:

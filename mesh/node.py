@@ -71,7 +71,8 @@ class Node:
 
 
 def epoch_now() -> int:
-    """The epoch of a process that starts now: milliseconds of the wall clock, so that each start has a larger one."""
+    """The epoch of a process that starts now: milliseconds of the wall clock, so that each start has a larger one
+    unless the clock was set back."""
     return time.time_ns() // 1_000_000
 
 

@@ -267,6 +267,8 @@ KEYS_REMEMBERED_MAX: Final = 1024
 KEYS_PER_RING_MAX: Final = 16
 """Gossip keys that one node may hold at once: a rotation needs two, and each costs an attempt at every packet."""
 KEYS_ERROR_CHARS_MAX: Final = 256
+TICK_RETRY_S: Final = 1.0
+"""How long after an error of its own a part of discovery gets its next tick."""
 
 # --- engines ---------------------------------------------------------------------------------------------------------
 ENGINE_DEADLINE_MIN_S: Final = 0.05

@@ -82,7 +82,7 @@ class Exchanger:
         return self._shared.table.there <= 1
 
     def _join(self, now: float) -> None:
-        """A round: look all seeds up. While nobody is there, the members of the last run and all that failed, too."""
+        """A round: look all seeds up. While nobody is there, ask the members of the last run, too."""
         if not (self._seeds or self._known) or self._shared.leaving:
             return
         self._reasons.clear()
@@ -107,21 +107,31 @@ class Exchanger:
         self._join(now)
 
     def on_resolved(self, event: Resolved, now: float) -> None:
-        """A seed was looked up. One of its addresses that is a member already is enough."""
+        """A seed was looked up. One of its addresses that is a member already is nearly enough."""
         self._resolving.discard(event.seed)
         if event.error:
             self._note(f"{event.seed}: {event.error}")
         own = self._shared.own.endpoint
         members = {node.endpoint for node in self._shared.table if not node.is_gone}
         others = [endpoint for endpoint in event.endpoints if endpoint != own]
-        if not any(endpoint in members for endpoint in others):
-            for endpoint in self._pick(others):
-                self._exchange(endpoint, now, join=True, seed=event.seed)
+        strangers = [endpoint for endpoint in others if endpoint not in members]
+        if len(strangers) < len(others):
+            # Some are members; the rest may be gone, or be another mesh behind the same name. All members together try
+            # one of them at a time.
+            seldom = strangers and self._shared.random.random() * self._shared.table.there < 1
+            strangers = self._shared.random.sample(strangers, 1) if seldom else []
+        for endpoint in self._pick(strangers):
+            self._exchange(endpoint, now, join=True, seed=event.seed)
+
+    def dialled(self) -> list[Endpoint]:
+        """Who has this node's state, or gets it just now, and may not be known here yet."""
+        return [other.target for other in self._under_way.values()]
 
     def hear_of(self, stranger: Endpoint, now: float) -> None:
         """A node that is not known here pings this one, so it knows it: from before a restart, most likely. Whoever is
-        alone joins it."""
-        if self._is_alone() and not self._shared.leaving:
+        alone joins it. A few at a time: a packet's source is easily forged."""
+        dialled = sum(one.join and not one.seed for one in self._under_way.values())
+        if self._is_alone() and stranger != self._shared.own.endpoint and dialled < 2 * JOIN_DIALS_MAX:
             self._exchange(stranger, now, join=True)
 
     def _pick(self, endpoints: Sequence[Endpoint]) -> list[Endpoint]:

@@ -9,7 +9,7 @@
     base         the table, the rumours, the timers: what these three share
 
 The layer above is an `Application`: it is told of each change at once, from within `handle`. A pause of this process
-(SIGSTOP, a laptop that slept, a machine that was moved) shows as a timer that is far too late: then nothing that went
+(SIGSTOP, a frozen container) shows as a timer that is far too late: then nothing that went
 unanswered meanwhile counts against anybody, and a push/pull says at once what was missed.
 """
 
@@ -227,9 +227,12 @@ class Swim:
         shared = self._shared
         own = shared.own
         hearers = shared.table.some(LEAVE_PACKETS_MAX, lambda node: node is not own and not node.is_gone)
-        if not hearers or not rounds:
+        targets = {node.endpoint: node.reads_crc for node in hearers}
+        for endpoint in self._exchanger.dialled():
+            targets.setdefault(endpoint, False)  # it may believe that this node is there before this one knows of it
+        if not targets or not rounds:
             shared.out.append(Departed())
             return
         words = (*self._last_words, Dead(own.incarnation, own.name, own.name))
-        shared.out.extend(SendPacket(node.endpoint, words, crc=node.reads_crc) for node in hearers)
+        shared.out.extend(SendPacket(endpoint, words, crc=reads_crc) for endpoint, reads_crc in targets.items())
         shared.timers.at(now + LEAVE_ROUND_S, lambda then: self._say_goodbye(rounds - 1, then))

@@ -185,6 +185,9 @@ class Prober:
         if node.suspicion is not suspicion or len(self._insisted) >= RELAYS_MAX:
             return
         shared = self._shared
+        if now < suspicion.half_time:  # it answered meanwhile, and the suspicion began anew
+            shared.timers.at(suspicion.half_time, partial(self._insist, node, suspicion))
+            return
         number = shared.number()
         self._insisted[number] = (node, suspicion)
         shared.send(node.endpoint, self._ping(number, node.name), Suspect(node.incarnation, node.name, shared.own.name))
@@ -200,7 +203,11 @@ class Prober:
         node.seen_at = now
         if node.suspicion is suspicion:
             suspicion.restart(now)
-            self._exchanger.exchange_with(node, now)
+            if now >= suspicion.fetched_at + self._shared.profile.stream_timeout_s:
+                # Not at each answer: one that cannot refute (an accusation of the last incarnation) would be asked for
+                # everything by everybody, all the time.
+                suspicion.fetched_at = now
+                self._exchanger.exchange_with(node, now)
 
     # --- the probes of others -------------------------------------------------------------------------------------
 

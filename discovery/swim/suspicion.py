@@ -17,6 +17,8 @@ class Suspicion:
         """Independent accusers after the first."""
         self.deadline = 0.0
         """When the suspect is held for dead."""
+        self.fetched_at = float("-inf")
+        """When the suspect was last asked for all that it knows."""
         self._wanted = wanted
         self._min_s, self._max_s = min_s, max_s
         self._accusers = {accuser}

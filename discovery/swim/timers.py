@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections import deque
 from collections.abc import Callable
 
 NEVER = float("inf")
@@ -26,11 +27,15 @@ class Timers:
 
     def run(self, now: float) -> None:
         """Run what is due, but nothing that is set meanwhile for now: a timer that sets itself cannot hang this."""
-        due = []
+        due: deque[Callable[[float], None]] = deque()
         while self._heap and self._heap[0][0] <= now:
             due.append(heapq.heappop(self._heap)[2])
-        for call in due:
-            call(now)
+        try:
+            while due:
+                due.popleft()(now)
+        finally:
+            for call in due:  # after an error of one: it is not that of the others
+                self.at(now, call)
 
     def delay(self, by_s: float) -> None:
         """Put everything off: the process did not run for so long."""

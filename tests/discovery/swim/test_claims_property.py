@@ -323,6 +323,8 @@ class Attacked:
         """Numbers of pings that it sent."""
         self.streams: list[int] = []
         self.wake_at = float("inf")
+        self.sources = 0
+        """Each packet comes from another address."""
         self.feed(Started())
 
     @property
@@ -356,7 +358,8 @@ class Attacked:
             case ("user", bytes(payload)):
                 self.feed(UserCame(STRANGER, payload))
             case tuple():
-                self.feed(PacketCame(STRANGER, over_the_wire(what)))
+                self.sources += 1
+                self.feed(PacketCame(at(300 + self.sources), over_the_wire(what)))
             case PushPull():
                 self.feed(Pulled(1, STRANGER, state_over_the_wire(what)))
             case "acked":
@@ -394,14 +397,14 @@ class Attacked:
         assert len(shared.rumours._tiers) <= 64
         assert len(prober._relays) <= relays_max
         assert len(prober._insisted) <= relays_max
-        assert len(exchanger._under_way) <= JOIN_DIALS_MAX * 12 + nodes_max
+        assert len(exchanger._under_way) <= JOIN_DIALS_MAX * 3 + nodes_max
         assert len(exchanger._reasons) <= 4 * JOIN_DIALS_MAX
         assert len(exchanger._resolving) <= 1
         for node in swim.table:
             if node.suspicion is not None:
                 assert len(node.suspicion._accusers) <= KVMESH_LAN.suspicion_mult - 2 + 1
         assert len(membership._heads._names) == len([node for node in swim.table if not node.is_gone]) - 1
-        assert set(membership._heads._heads) <= set(membership._heads._names.values())
+        assert set(membership._heads._heads) <= {name for name, _ in membership._heads._names.values()}
         assert len(membership.conflicts()) <= CONFLICTS_MAX
         assert len(membership.members()) == len(swim.table) - 1
 

@@ -366,3 +366,19 @@ def test_in_company_a_strangers_ping_is_answered_and_no_more():
     actions = lone.hear(Ping(1, "n1", *at(5), "n5"), source=at(5))
     assert len(of(actions, SendPacket)) == 1
     assert len(exchanges(lone)) == before
+
+
+def test_but_not_whoever_asks_for_another_or_does_not_say_who_it_is():
+    lone = Lone()
+    for ping in (Ping(1, "n7", *at(2), "n2"), Ping(1, "n1"), Ping(1, "n1", *ME, "n1")):
+        assert not of(lone.hear(ping, source=at(2)), Exchange)
+    assert not of(lone.hear(Ping(1, "n1", *at(2), "n2"), source=ME), Exchange), "nor itself"
+    lone.stop()
+    assert not of(lone.hear(Ping(1, "n1", *at(2), "n2"), source=at(2)), Exchange)
+
+
+def test_forged_sources_make_it_dial_a_few_only():
+    lone = Lone()
+    for number in range(2, 1000):
+        lone.hear(Ping(1, "n1", *at(number), f"n{number}"), source=at(number))
+    assert len(exchanges(lone)) == 2 * JOIN_DIALS_MAX

@@ -87,8 +87,8 @@ class Mesh(RuleBasedStateMachine):
 
     @rule(who=WHO, elsewhere=st.booleans(), after_s=st.sampled_from([0.0, 1.0, 20.0]))
     def crashes_and_starts_again(self, who: int, elsewhere: bool, after_s: float) -> None:
-        running = self.world.running()
-        process = running[who % len(running)]
+        names = self.world.names
+        process = self.world.processes[names[who % len(names)]]
         process.state = "crashed"
         self.world.calm(after_s)
         self.world.start(process.name, elsewhere=elsewhere, incarnation=1)

@@ -47,6 +47,8 @@ class Process:
     """Or: is paused, crashed, departed."""
     tokens: dict[int, Callable[[Event | None], None]] = field(default_factory=dict)
     """Streams of peers that wait for an answer; None stands for an end without one."""
+    waiting: list[Event] = field(default_factory=list)
+    """What came while it was paused."""
 
 
 @dataclass(eq=False)
@@ -91,6 +93,8 @@ class World:
 
     def feed(self, process: Process, event: Event) -> None:
         """One event, if the process runs. What is checked here holds after every single event."""
+        if process.state == "is paused" and not isinstance(event, Ticked):
+            process.waiting.append(event)
         if process.state != "runs":
             return
         if process.wake_at <= self.now:
@@ -161,9 +165,9 @@ class World:
         return next((one for one in self.running() if one.endpoint == target), None)
 
     def _to(self, target: Endpoint, event: Event) -> None:
-        process = self._at(target)
-        if process is not None:
-            self.feed(process, event)
+        for process in list(self.processes.values()):
+            if process.endpoint == target:
+                self.feed(process, event)  # a paused one finds it later
 
     def _pull(self, asker: Process, target: Endpoint, state: object, number: int) -> None:
         process = self._at(target)
@@ -231,10 +235,13 @@ class World:
         self.feed(process, Stopping())
 
     def resume(self, process: Process) -> None:
-        """After a pause its alarm is late."""
+        """After a pause its alarm is late, and what came meanwhile is there at once."""
         process.state = "runs"
         if process.wake_at <= self.now:
             self.tick(process)
+        waiting, process.waiting = process.waiting, []
+        for event in waiting:
+            self.feed(process, event)
 
     # --- what all believe -----------------------------------------------------------------------------------------
 
