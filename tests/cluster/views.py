@@ -38,13 +38,15 @@ def wait_alive(processes: Sequence[Process], timeout_s: float = 20) -> None:
     wait_states(processes, {process.name: "alive" for process in processes}, timeout_s)
 
 
-def held(process: Process) -> dict[str, tuple[int, int, str, int]]:
+def held(process: Process) -> dict[str, tuple[Any, ...]]:
     """By node: epoch, seq, fingerprint and bytes in the map of a process. It is empty while the map is not complete."""
     with kvmesh.connect(process.socket) as mesh:
         document = mesh.map()
     if not document["complete"]:
         return {}
-    return {node["name"]: (node["epoch"], node["seq"], node["fingerprint"], node["bytes"]) for node in document["nodes"]}
+    return {
+        node["name"]: (node["epoch"], node["seq"], node["fingerprint"], node["bytes"]) for node in document["nodes"]
+    }
 
 
 def holders(process: Process, chain: list[bytes]) -> dict[str, int]:
