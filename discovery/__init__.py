@@ -5,7 +5,7 @@ node also has a `Journal` that it tells about every chunk; everybody's journals,
 other names are what these give out.
 """
 
-from .driver import CALL_PREFIX, Discovery, DiscoveryStats, Gossip, GossipStats
+from .driver import CALL_PREFIX, Discovery, Gossip
 from .following import FollowerCounters
 from .gossip import GossipMembership
 from .head import HEAD_BYTES, Head, node_id
@@ -15,6 +15,7 @@ from .map import ClusterMap, MapSummary, NamespaceSummary, NodeSummary, Run
 from .membership import Conflict, Member, Membership, MemberState
 from .messages import Identity
 from .packing import TIERS
+from .reports import DiscoveryStats, GossipStats
 from .static import PingCounters, StaticMembership
 
 __all__ = [

@@ -44,24 +44,22 @@ from .actions import (
     Withdrawn,
 )
 from .core import Core
-from .following import FollowerCounters
-from .gossip import GossipCounters, GossipMembership
+from .gossip import GossipMembership
 from .head import Head
 from .journal import Journal
-from .keying import KeyCounters, KeysAnswered, KeysResult, Operation
+from .keying import KeysAnswered, KeysResult, Operation
 from .map import ClusterMap
-from .membership import Conflict, Failed, HeadTold, Joined, Left, Member, MemberState
+from .membership import Conflict, Member, MemberState
 from .messages import Identity, decode_answer, decode_request, encode
-from .static import PingCounters, StaticMembership
-from .swim.base import SwimCounters
+from .reports import DiscoveryStats, GossipStats, tell
+from .static import StaticMembership
 from .swim.events import Departed, Remember, SwimEvent
-from .swim.exchanging import JoinFailed
 from .swim.profile import KVMESH_LAN, Profile
 from .wire.keyring import Keyring
 from .wire.messages import Endpoint
 
 if TYPE_CHECKING:
-    from .network import GossipNetwork, NetworkCounters
+    from .network import GossipNetwork
 
 CALL_PREFIX = b"D"
 """The first byte of a call that belongs to discovery."""
@@ -88,44 +86,6 @@ class Gossip:
     keyring: Keyring | None = None
     """The one that the network seals with."""
     save_keys: Callable[[], None] = lambda: None
-
-
-@dataclass(frozen=True, slots=True)
-class GossipStats:
-    """A copy of what membership by gossip counts."""
-
-    protocol: SwimCounters
-    members: GossipCounters
-    network: NetworkCounters
-    keys: KeyCounters
-    rumours: int
-    """Rumours that wait to be told."""
-    health: int
-    """How badly this process itself does, by its own probes: 0 is well."""
-
-
-@dataclass(frozen=True, slots=True)
-class DiscoveryStats:
-    """A copy of what discovery counts."""
-
-    pings: PingCounters | None
-    """Of a static membership."""
-    gossip: GossipStats | None
-    following: FollowerCounters
-    followers: int
-    """Nodes that are followed now."""
-    map_entries: int
-    map_entries_refused: int
-    """Chunks that found no room in the map."""
-    snapshots_served: int
-    snapshots_refused: int
-    """Times that a follower was told to come back for its snapshot."""
-    calls_failed: int
-    """Calls to peers that got no answer in time."""
-    protocol_errors: int
-    """Messages of peers, either way, that could not be read, and calls that peers refused."""
-    unexpected_errors: int
-    """Exceptions that are none of the documented ones, of a transport or of discovery itself."""
 
 
 class Discovery:
@@ -400,7 +360,7 @@ class Discovery:
                 if asked is not None and not asked.done():
                     asked.set_result(result)
             case Notify(event):
-                _tell(event)
+                tell(event)
             case Departed():
                 self._departed.set()
             case Remember() if self._leaving:
@@ -455,28 +415,3 @@ class Discovery:
     def _on_timer(self) -> None:
         self._timer, self._timer_at = None, float("inf")
         self._attempt(Ticked())
-
-
-def _tell(event: object) -> None:
-    """What an operator wants to read."""
-    match event:
-        case Joined(member):
-            _log.info("%s %s joined at %s, epoch %d", member.role, member.name, member.address, member.epoch)
-        case Failed(member):
-            _log.warning(
-                "%s %s at %s does not answer: its chunks are forgotten", member.role, member.name, member.address
-            )
-        case Left(member):
-            _log.info("%s %s left", member.role, member.name)
-        case Conflict(name, address, other_address):
-            _log.warning(
-                "two processes are called %s: %s and %s; give one another --name", name, address, other_address
-            )
-        case JoinFailed(reasons, retry_in_s):
-            _log.warning(
-                "no node answers that is to be joined; trying again in %.0f s: %s", retry_in_s, "; ".join(reasons)
-            )
-        case HeadTold():
-            pass
-        case _:
-            _log.debug("%s", event)
