@@ -100,10 +100,11 @@ class Exchanger:
     def _rejoin(self, now: float) -> None:
         if not self._is_alone():
             self._retry_s = JOIN_RETRY_S
-        elif self._reasons and not self._shared.leaving:
-            self._shared.counters.joins_failed += 1
+        elif not self._shared.leaving and (self._reasons or not (self._under_way or self._resolving)):
             self._retry_s = min(2 * self._retry_s, JOIN_RETRY_S_MAX)
-            self._shared.out.append(Notify(JoinFailed(tuple(self._reasons), self._retry_s)))
+            if self._reasons:  # else every seed is this node itself: the first one of a list that all nodes have
+                self._shared.counters.joins_failed += 1
+                self._shared.out.append(Notify(JoinFailed(tuple(self._reasons), self._retry_s)))
         self._join(now)
 
     def on_resolved(self, event: Resolved, now: float) -> None:

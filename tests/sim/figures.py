@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvmesh.discovery.swim.profile import PROFILES, Profile
+from kvmesh.discovery.swim.timing import push_pull_interval_s
 from tests.sim import measures
 from tests.sim.cluster import Cluster
 from tests.sim.healing import split_and_heal
@@ -205,7 +206,10 @@ def _spread_rows(name: str, profile: str, spreads: list[Spread], goal: float | N
 def _egress_job(plan: Plan, profile: str, size: int, seed: int) -> list[Row]:
     cluster = Cluster(size, PROFILES[profile], seed=seed, wire=Counted(encrypted=True))
     cluster.clockwork.run_for(5.0)
-    rates = [("idle", 0.0, 60.0), ("a change a second", 1.0, 30.0)]
+    chosen = PROFILES[profile]
+    exchange_s = push_pull_interval_s(chosen.push_pull_interval_s, size, linear=chosen.push_pull_linear)
+    # A whole interval of push/pull: in a shorter time few of the nodes of a large mesh would have made theirs.
+    rates = [("idle", 0.0, max(60.0, exchange_s)), ("a change a second", 1.0, max(30.0, exchange_s))]
     if size in plan.busy_sizes:
         rates.append(("a change a second at each node", float(size), 10.0))
     return [

@@ -151,6 +151,7 @@ def happen(lone: Lone, what: tuple[Message, ...] | PushPull | float | str) -> No
             lone.sleep(60.0)
 
 
+@pytest.mark.slow  # long streams of messages, a hundred times
 @given(st.lists(HAPPENING, max_size=20))
 def test_incarnations_never_go_back(happenings: list[object]):
     lone = knowing_all()
@@ -182,6 +183,7 @@ def anything_old(draw: st.DrawFn) -> tuple[Message, ...] | PushPull | float | st
     return what
 
 
+@pytest.mark.slow  # long streams of messages, a hundred times
 @given(st.lists(anything_old(), max_size=20), st.lists(anything_old(), max_size=20))
 def test_who_left_does_not_come_back_by_what_was_said_before(
     before: list[tuple[Message, ...] | PushPull | float | str],
@@ -409,6 +411,7 @@ class Attacked:
         assert len(membership.members()) == len(swim.table) - 1
 
 
+@pytest.mark.slow  # long streams of messages, a hundred times
 @given(st.lists(ANYTHING, max_size=40))
 def test_whatever_comes_is_taken_and_fills_no_table(happenings: list[object]):
     """With small bounds, so that they are reached. In the end, all that was set for later comes to an end."""

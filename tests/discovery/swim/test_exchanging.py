@@ -348,6 +348,19 @@ def test_of_many_some_are_remembered():
     assert len(set(endpoints)) == len(endpoints) == MEMBERS_REMEMBERED_MAX
 
 
+def test_a_lone_node_whose_seeds_are_all_itself_waits_longer_and_longer_and_says_nothing():
+    lone = Lone(seeds=["a:1"])
+    times = []
+    for _ in range(6):
+        lone.feed(Resolved("a:1", (ME,)))
+        before = len(of([action for _, action in lone.done], Resolve))
+        lone.ring_until(lambda before=before: len(of([action for _, action in lone.done], Resolve)) > before)
+        times.append(lone.now)
+    waits = [later - earlier for earlier, later in itertools.pairwise(times)]
+    assert all(later > earlier for earlier, later in itertools.pairwise(waits[:4]))
+    assert not [event for event in notices([action for _, action in lone.done]) if isinstance(event, JoinFailed)]
+
+
 # --- a stranger's ping ------------------------------------------------------------------------------------------------
 
 
