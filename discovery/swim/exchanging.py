@@ -66,6 +66,8 @@ class Exchanger:
         self._reasons: list[str] = []
         """What went wrong in this round of joining."""
         self._retry_s = JOIN_RETRY_S
+        self._was_alone = False
+        """When the last round began."""
         self._remembering = False
         self._remembered_at = float("-inf")
 
@@ -90,7 +92,8 @@ class Exchanger:
             if seed not in self._resolving:
                 self._resolving.add(seed)
                 self._shared.out.append(Resolve(seed))
-        if self._is_alone():
+        self._was_alone = self._is_alone()
+        if self._was_alone:
             for endpoint in self._pick(self._known):
                 self._exchange(endpoint, now, join=True)
             self._shared.timers.at(now + self._retry_s * self._shared.random.uniform(0.75, 1.25), self._rejoin)
@@ -100,12 +103,16 @@ class Exchanger:
     def _rejoin(self, now: float) -> None:
         if not self._is_alone():
             self._retry_s = JOIN_RETRY_S
-        elif not self._shared.leaving and (self._reasons or not (self._under_way or self._resolving)):
+        elif self._was_alone and not self._shared.leaving and (self._reasons or not self._waits()):
             self._retry_s = min(2 * self._retry_s, JOIN_RETRY_S_MAX)
             if self._reasons:  # else every seed is this node itself: the first one of a list that all nodes have
                 self._shared.counters.joins_failed += 1
                 self._shared.out.append(Notify(JoinFailed(tuple(self._reasons), self._retry_s)))
         self._join(now)
+
+    def _waits(self) -> bool:
+        """Whether something of the last round may still work out."""
+        return bool(self._under_way or self._resolving)
 
     def on_resolved(self, event: Resolved, now: float) -> None:
         """A seed was looked up. One of its addresses that is a member already is nearly enough."""
