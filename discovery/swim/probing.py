@@ -1,6 +1,6 @@
 """The failure detector: one node at a time is asked whether it is there, and judged when nobody reaches it.
 
-    ping, again and again ──(no ack within probe_timeout_s)──▶ indirect pings through others, and one over a stream
+    ping, again and again ──(no ack within probe_timeout_s)──▶ pings through others too, and one over a stream
          ──(no ack until the interval is over, and no stream)──▶ suspect
 
 An ack may come late, or through another node: any that comes before the end saves the target. Those that were asked say
@@ -33,6 +33,7 @@ class _Probe:
     incarnation: int
     sent_at: float
     until: float
+    others_asked: bool = False
     asked: int = 0
     """Others that were asked to help, and would say that they failed."""
     nacks: int = 0
@@ -102,30 +103,40 @@ class Prober:
         probe.is_first = False
         next_at = now + self._shared.profile.ping_interval_s
         self._shared.send(probe.node.endpoint, self._ping(probe.number, probe.node.name))
+        if probe.others_asked:
+            # Others, most likely. Their nacks would come after the verdict, so none are wanted.
+            self._ask(self._helpers(probe.node), probe, nack=False)
         if next_at < probe.until:
             self._shared.timers.at(next_at, partial(self._ping_again, probe))
 
     def _ask_others(self, probe: _Probe, now: float) -> None:
         if self._probe is not probe:
             return
-        probe.is_first = False
-        shared, node, own = self._shared, probe.node, self._shared.own
+        probe.is_first, probe.others_asked = False, True
+        shared, node = self._shared, probe.node
         shared.counters.probes_indirect += 1
-        helpers = shared.table.some(
-            shared.profile.indirect_checks,
-            lambda other: other.state is ALIVE and other is not node and other is not own,
-        )
-        ip, port = node.endpoint
-        own_ip, own_port = own.endpoint
-        for helper in helpers:
-            probe.asked += helper.sends_nack
-            shared.send(
-                helper.endpoint,
-                IndirectPing(probe.number, ip, port, node.name, helper.sends_nack, own_ip, own_port, own.name),
-            )
+        helpers = self._helpers(node)
+        probe.asked += sum(helper.sends_nack for helper in helpers)
+        self._ask(helpers, probe, nack=True)
         left_s = max(probe.until - now, 0.0)
         shared.out.append(StreamPing(probe.number, node.endpoint, self._ping(probe.number, node.name), left_s))
         shared.timers.at(probe.until, partial(self._judge, probe))
+
+    def _helpers(self, node: Node) -> list[Node]:
+        """Some that are alive, to ask `node` for this one."""
+        own = self._shared.own
+        return self._shared.table.some(
+            self._shared.profile.indirect_checks,
+            lambda other: other.state is ALIVE and other is not node and other is not own,
+        )
+
+    def _ask(self, helpers: list[Node], probe: _Probe, *, nack: bool) -> None:
+        own, (ip, port) = self._shared.own, probe.node.endpoint
+        own_ip, own_port = own.endpoint
+        for helper in helpers:
+            wants_nack = nack and helper.sends_nack
+            asked = IndirectPing(probe.number, ip, port, probe.node.name, wants_nack, own_ip, own_port, own.name)
+            self._shared.send(helper.endpoint, asked)
 
     def _judge(self, probe: _Probe, now: float) -> None:
         if self._probe is not probe:

@@ -21,8 +21,9 @@ class Profile:
     """How long a direct answer may take; then others are asked. Above the 99th percentile of a round trip, with room
     for a busy scheduler: a timeout costs seven packets."""
     ping_interval_s: float = 0.0
-    """Between two pings of one probe to its target, until it answers or is judged: a lost packet is not a lost node.
-    Where nothing is lost the first is answered, and no other is sent. 0: one ping."""
+    """Between two pings of one probe to its target, until it answers or is judged; once others were asked, further ones
+    are asked with each. A lost packet is not a lost node. Where nothing is lost the first ping is answered, and that is
+    all. 0: one ping, and others are asked once."""
     indirect_checks: int = 3
     """Nodes that are asked to probe for us. With three, a lossy path of our own is told from a dead node."""
     suspicion_mult: int = 4

@@ -279,6 +279,25 @@ def test_our_profile_asks_a_suspect_again_from_half_of_the_time_on():
     assert len(insisted) >= 4
 
 
+def test_our_profile_asks_further_helpers_with_each_later_ping_and_wants_no_nack_of_them():
+    lone = Lone(KVMESH_LAN, others=10)
+    ping = lone.next_ping()
+    lone.done.clear()
+    lone.run(KVMESH_LAN.probe_interval_s)
+    asked = [
+        (when, message.nack)
+        for when, action in lone.done
+        if isinstance(action, SendPacket)
+        for message in action.messages
+        if isinstance(message, IndirectPing) and message.seq == ping.seq
+    ]
+    first = min(when for when, _ in asked)
+    assert [nack for when, nack in asked if when == first] == [True] * 3
+    later = [nack for when, nack in asked if when > first]
+    assert len(later) >= 6
+    assert not any(later)
+
+
 def insisting(lone: Lone) -> Ping:
     """The question to a suspect beside the probes."""
     for _ in range(200):
