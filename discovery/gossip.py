@@ -42,7 +42,7 @@ from .membership import Changed, Conflict, Failed, HeadTold, Joined, Left, Membe
 from .messages import Identity
 from .meta import Foreign, Meta, decode_meta
 from .serf import SerfSide, Word, is_serf
-from .swim.base import Change, SwimCounters
+from .swim.base import Change
 from .swim.events import StreamFailed, UserCame
 from .swim.machine import Swim
 from .swim.nodes import Node
@@ -136,11 +136,6 @@ class GossipMembership:
     def conflicts(self) -> list[Conflict]:
         """Names that two processes were seen to use."""
         return list(self._conflicts.values())
-
-    @property
-    def protocol_counters(self) -> SwimCounters:
-        """What the protocol below counts."""
-        return self.swim.counters
 
     # --- events ---------------------------------------------------------------------------------------------------
 
@@ -247,9 +242,9 @@ class GossipMembership:
             self._foreign_seen = True
             self._pass_on([self._serf.join()], now)
 
-    def on_conflict(self, node: Node, other: Alive, now: float) -> None:
+    def on_conflict(self, node: Node, other: Endpoint, now: float) -> None:
         """Another process uses the name."""
-        address, other_address = text_of(node.endpoint), text_of(other.endpoint)
+        address, other_address = text_of(node.endpoint), text_of(other)
         place = (node.name, address, other_address)
         if place not in self._conflicts:
             if len(self._conflicts) >= CONFLICTS_MAX:

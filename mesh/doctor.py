@@ -71,18 +71,24 @@ class AgentConnection(Protocol):
 
 
 def examine(
-    agent_socket: Path, host: str, mesh_port: int, arena_bytes: int, connect: Callable[[Path], AgentConnection]
+    agent_socket: Path,
+    host: str,
+    mesh_port: int,
+    gossip_port: int,
+    arena_bytes: int,
+    connect: Callable[[Path], AgentConnection],
 ) -> list[Finding]:
     """Every check, with what an agent on this machine would be told."""
     facts = host_facts()
     shm = shutil.disk_usage(DEV_SHM).total if os.path.isdir(DEV_SHM) else None
-    agent, agent_address = check_agent(agent_socket, os.getuid(), connect)
+    agent, addresses = check_agent(agent_socket, os.getuid(), connect)
     return [
         check_python(sys.version_info[:3]),
         *(check_package(name, oldest, needed, version_of) for name, oldest, needed in PACKAGES),
         check_socket_directory(agent_socket.parent, os.getuid()),
         agent,
-        check_mesh_port(host, mesh_port, agent_address),
+        check_mesh_port(host, mesh_port, addresses),
+        check_gossip_port(host, gossip_port, addresses),
         check_memfd(os.memfd_create),
         check_memory(facts.memory_available_bytes, arena_bytes, agent_runs=agent.status == "ok"),
         check_dev_shm(shm),
@@ -146,8 +152,17 @@ def check_socket_directory(path: Path, uid: int) -> Finding:
     return Finding(name, "ok", f"{path}, only for this user")
 
 
-def check_agent(path: Path, uid: int, connect: Callable[[Path], AgentConnection]) -> tuple[Finding, str | None]:
-    """Whether an agent answers at the socket; with its mesh address when it does."""
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where an agent that answers is reached by other nodes."""
+
+    mesh: str
+    gossip: str | None
+    """None: its membership is static."""
+
+
+def check_agent(path: Path, uid: int, connect: Callable[[Path], AgentConnection]) -> tuple[Finding, Addresses | None]:
+    """Whether an agent answers at the socket; with its addresses when it does."""
     try:
         found = path.lstat()
     except OSError:
@@ -173,26 +188,49 @@ def check_agent(path: Path, uid: int, connect: Callable[[Path], AgentConnection]
         return Finding("agent", "problem", f"{mesh.node}: {error}", "stop that agent and start it again"), None
     finally:
         mesh.close()
-    address = str(own["address"]) if own else None
-    return Finding("agent", "ok", f"{mesh.node} answers at {path}"), address
+    addresses = Addresses(str(own["address"]), own.get("gossip_address")) if own else None
+    return Finding("agent", "ok", f"{mesh.node} answers at {path}"), addresses
 
 
-def check_mesh_port(host: str, port: int, agent_address: str | None) -> Finding:
+def check_mesh_port(host: str, port: int, agent: Addresses | None) -> Finding:
     """The port is free. Where an agent answers, its own port is what counts: no second one can have its socket."""
     name = "mesh port"
-    if agent_address is not None:
-        return Finding(name, "ok", f"{agent_address} is the agent's")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        # As the agent does it: connections that are only waiting to be forgotten do not keep the port.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            probe.listen(1)
-        except OSError as error:
-            what = f"{host}:{port} cannot be used: {error.strerror}"
-            return Finding(name, "warning", what, "start the agent with --mesh-port 0, which takes any free port")
+    if agent is not None:
+        return Finding(name, "ok", f"{agent.mesh} is the agent's")
+    if (why := _taken(host, port, socket.SOCK_STREAM)) is not None:
+        what = f"{host}:{port} cannot be used: {why}"
+        return Finding(name, "warning", what, "start the agent with --mesh-port 0, which takes any free port")
     return Finding(name, "ok", f"{host}:{port} is free" if port else "any free one")
+
+
+def check_gossip_port(host: str, port: int, agent: Addresses | None) -> Finding:
+    """The port is free, for UDP and for TCP. Where an agent answers, its own port is what counts."""
+    name = "gossip port"
+    if agent is not None:
+        if agent.gossip is None:
+            return Finding(name, "ok", "none: the agent's membership is static")
+        return Finding(name, "ok", f"{agent.gossip} is the agent's")
+    for kind, called in ((socket.SOCK_DGRAM, "UDP"), (socket.SOCK_STREAM, "TCP")):
+        if (why := _taken(host, port, kind)) is not None:
+            what = f"{host}:{port} cannot be used for {called}: {why}"
+            return Finding(name, "warning", what, "start the agent with --gossip-port 0, which takes any free port")
+    return Finding(name, "ok", f"{host}:{port} is free" if port else "any free one")
+
+
+def _taken(host: str, port: int, kind: socket.SocketKind) -> str | None:
+    """Why an agent could not have the port; None when it could."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, kind) as probe:
+        try:
+            if kind == socket.SOCK_STREAM:
+                # As the agent does it: connections that are only waiting to be forgotten do not keep the port.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+            if kind == socket.SOCK_STREAM:
+                probe.listen(1)
+        except OSError as error:
+            return error.strerror or str(error)
+    return None
 
 
 def check_memfd(create: Callable[[str], int]) -> Finding:

@@ -100,7 +100,9 @@ class NodeSettings:
             )
         parse_port(str(self.mesh_port))
         for address in self.join:
-            parse_address(address, flag="--join")
+            parse_address(
+                address, flag="--join", port=MESH_PORT_DEFAULT if self.membership == "static" else GOSSIP_PORT_DEFAULT
+            )
         _one_of("--log-level", self.log_level, LOG_LEVELS)
         _one_of("--membership", self.membership, MEMBERSHIPS)
         parse_port(str(self.gossip_port), flag="--gossip-port")
@@ -109,10 +111,15 @@ class NodeSettings:
         _one_of("--profile", self.profile, PROFILES)
         if len(self.label.encode()) > LABEL_BYTES_MAX:
             raise SettingsError(f"--label: use at most {LABEL_BYTES_MAX} bytes")
-        if self.key_file is not None and self.membership == "static":
-            raise SettingsError(
-                "--key-file encrypts gossip, which --membership static does without: give one of the two"
-            )
+        if self.membership == "static":
+            # --gossip-port and --profile have defaults: whether somebody gave them cannot be seen here.
+            for flag, given, does in (
+                ("--key-file", self.key_file is not None, "encrypts gossip"),
+                ("--label", self.label, "is gossip's"),
+                ("--advertise", self.advertise, "is told by gossip"),
+            ):
+                if given:
+                    raise SettingsError(f"{flag} {does}, which --membership static does without: give one of the two")
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +194,10 @@ def _one_of(flag: str, value: str, values: tuple[str, ...]) -> None:
         raise SettingsError(f"{flag} {value!r}: use one of {', '.join(values)}")
 
 
-def parse_address(text: str, *, flag: str) -> tuple[str, int]:
-    """(host, port) from ``HOST:PORT`` or ``[IPv6]:PORT``."""
+def parse_address(text: str, *, flag: str, port: int = MESH_PORT_DEFAULT) -> tuple[str, int]:
+    """(host, port) from ``HOST:PORT`` or ``[IPv6]:PORT``. `port` is the one of the example that a mistake is answered
+    with."""
     match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\[\]:/\s]+)):(\d{1,5})", text)
     if not match or not 0 < int(match[3]) <= 65535:
-        raise SettingsError(f"{flag} {text!r} is not an address: write HOST:PORT, for example 127.0.0.1:7950")
+        raise SettingsError(f"{flag} {text!r} is not an address: write HOST:PORT, for example 127.0.0.1:{port}")
     return match[1] or match[2], int(match[3])

@@ -81,9 +81,7 @@ class Sockets:
         except zmq.ZMQError as error:
             router.close()
             if error.errno == zmq.EADDRINUSE:
-                what = (
-                    f"port {port} on {host} is in use: stop what listens there, or use another port (0: any free one)"
-                )
+                what = f"--mesh-port: port {port} on {host} is in use; take another one, or 0 for any that is free"
             else:
                 what = f"cannot listen on port {port} of {host}: {error.strerror}"
             raise SettingsError(what) from None

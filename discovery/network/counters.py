@@ -14,7 +14,7 @@ from kvmesh.transport.limits import WIRE_WARNING_INTERVAL_S
 
 _log = logging.getLogger("kvmesh.discovery")
 _ADVICE: Final = {
-    Cause.UNDECRYPTABLE: "is sealed with a key that this node does not have: check --key-file",
+    Cause.UNDECRYPTABLE: "is sealed with a key that this node does not have: check --key-file and --label",
     Cause.PLAINTEXT: "is not encrypted, and this node has a key: check --key-file of the other one",
     Cause.ENCRYPTED: "is encrypted, and this node has no key: check --key-file",
     Cause.WRONG_LABEL: "is of a mesh with another --label",

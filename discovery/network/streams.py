@@ -171,6 +171,8 @@ class Streams:
         except WireError as error:
             self._account.refuse(error, f"the answer of {shown(action.target)}")
             reason = f"its answer could not be read: {error}"
+            if error.cause is Cause.UNKNOWN_KIND:
+                reason += "; what listens there does not gossip: give the gossip port, not the mesh port"
         except _NoRoomError:
             reason = f"the streams under way hold more than {STREAM_BYTES_HELD_MAX} bytes"
         except OSError as error:

@@ -15,7 +15,7 @@ from kvmesh.discovery.actions import Action
 from kvmesh.discovery.wire.codec import encode
 from kvmesh.discovery.wire.compound import HEADER_BYTES as COMPOUND_HEADER_BYTES
 from kvmesh.discovery.wire.compound import PART_BYTES
-from kvmesh.discovery.wire.messages import Alive, Endpoint, Message, User
+from kvmesh.discovery.wire.messages import Endpoint, Message, User
 from kvmesh.transport.limits import GOSSIP_NODES_MAX, RUMOURS_MAX
 
 from .awareness import Awareness
@@ -51,8 +51,8 @@ class Application(Protocol):
     def on_change(self, node: Node, change: Change, now: float) -> None:
         """What is believed of a node changed."""
 
-    def on_conflict(self, node: Node, other: Alive, now: float) -> None:
-        """Another process uses the name of `node`."""
+    def on_conflict(self, node: Node, other: Endpoint, now: float) -> None:
+        """The process at `other` uses the name of `node`, too."""
 
     def on_user(self, payload: bytes, source: Endpoint, now: float) -> None:
         """A user message."""

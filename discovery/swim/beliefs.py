@@ -93,7 +93,7 @@ class Beliefs:
             self._counters.stale += 1
         elif not node.is_gone:
             self._counters.conflicts += 1
-            self._shared.app.on_conflict(node, claim, now)
+            self._shared.app.on_conflict(node, claim.endpoint, now)
         return False
 
     def _take_alive(self, node: Node, claim: Alive, now: float) -> None:
@@ -101,7 +101,7 @@ class Beliefs:
         differs = (node.meta, node.endpoint) != (claim.meta, claim.endpoint)
         node.incarnation = max(node.incarnation, claim.incarnation)
         node.meta, node.endpoint, node.versions = claim.meta, claim.endpoint, claim.versions
-        node.seen_at = now
+        node.seen_at, node.namesake = now, None
         if was is not ALIVE:
             self._shared.table.set_state(node, ALIVE, now)
         self._shared.rumour(node.name, claim, now)
@@ -120,7 +120,7 @@ class Beliefs:
             order = self._shared.app.compare_starts(own.meta, claim.meta)
             if order is None or order >= 0:
                 self._counters.conflicts += 1
-                self._shared.app.on_conflict(own, claim, now)
+                self._shared.app.on_conflict(own, claim.endpoint, now)
                 return
         if claim.incarnation < own.incarnation:
             return

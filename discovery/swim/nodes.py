@@ -39,6 +39,8 @@ class Node:
     """While it is suspect."""
     verdict_at: float = NEVER
     """When its suspicion is looked at next."""
+    namesake: tuple[Endpoint, float] | None = None
+    """Where a process pings from that has its name and another address, and since when."""
     rtt_s: float | None = None
     """A smoothed round trip; None before the first."""
 

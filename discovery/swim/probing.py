@@ -230,15 +230,29 @@ class Prober:
             shared.counters.pings_misdirected += 1
             return
         node = shared.table.get(ping.source_node)
-        if node is not None:
-            node.seen_at = now
-        elif ping.source_node:
-            self._exchanger.hear_of(source, now)
+        if node is None:
+            if ping.source_node:
+                self._exchanger.hear_of(source, now)
+        elif node is not shared.own:
+            self._on_pinged_by(node, ping, source, now)
         answer = Ack(ping.seq)
         if is_accused and not shared.leaving:
             shared.send(self._reply_to(ping, source), answer, shared.own.alive())
         else:
             shared.send(self._reply_to(ping, source), answer)
+
+    def _on_pinged_by(self, node: Node, ping: Ping, source: Endpoint, now: float) -> None:
+        """A ping in the name of `node`. One from another address may be of a new start that was not heard of yet; when
+        the one at the known address goes on answering, two processes have the name."""
+        said = Endpoint(ping.source_ip, ping.source_port)
+        if said == node.endpoint:
+            node.seen_at = now
+        elif said == source and node.state is ALIVE:
+            if node.namesake is None or node.namesake[0] != source:
+                node.namesake = (source, now)
+            elif node.seen_at > node.namesake[1]:
+                self._shared.counters.conflicts += 1
+                self._shared.app.on_conflict(node, source, now)
 
     def on_indirect_ping(self, asked: IndirectPing, source: Endpoint, now: float) -> None:
         """Ping a node for another one. Only a node that is known here, and where it is known to be: this one does not

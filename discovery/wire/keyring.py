@@ -149,7 +149,8 @@ def _read_private(path: Path) -> str:
                 raise SettingsError(f"{path} can be read by others: chmod 600 {path}")
             data = file.read(KEY_FILE_BYTES_MAX + 1)
     except OSError as error:
-        raise SettingsError(f"cannot read the gossip keys: {error}") from None
+        why = error.strerror or error
+        raise SettingsError(f"--key-file {path}: {why}; `kvmesh keygen {path}` makes one") from None
     if len(data) > KEY_FILE_BYTES_MAX:
         raise SettingsError(f"{path} has more than {KEY_FILE_BYTES_MAX} bytes: that is no file of gossip keys")
     try:

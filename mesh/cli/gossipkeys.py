@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +22,7 @@ from .output import Column, counted, human_count, note, print_json, printable, s
 
 if TYPE_CHECKING:
     from kvmesh.discovery.keying import Operation
+    from kvmesh.view import View
 
 DONE = {"use": "used by", "install": "installed on", "remove": "removed from"}
 NODES_NAMED_MAX = 20
@@ -88,6 +89,7 @@ def keys(
     given = _key(wanted, key)
     with reach.view(agent, controller) as view:
         document = view.keys(wanted, given)
+        absent = _absent(view) if document["nodes"] else []
     if document["error"] and not document["nodes"]:
         raise SettingsError(document["error"])
     if as_json:
@@ -98,7 +100,24 @@ def keys(
         done = sum(node["status"] == "ok" for node in document["nodes"])
         say(f"key {document['fingerprint']} {DONE[wanted]} {done:,} of {counted(len(document['nodes']), 'node')}")
     _note_failures(document)
+    if absent:
+        note(
+            printable(
+                f"not asked, since they do not answer: {_named(absent)}. A node that misses a change of keys needs the "
+                "key file of another one before it starts again"
+            )
+        )
     return 0 if document["done"] else 1
+
+
+def _absent(view: View) -> list[str]:
+    """Names of our nodes that failed and may come back with the keys that they had."""
+    return sorted(node["name"] for node in view.nodes()["nodes"] if node["state"] == "failed" and node["epoch"])
+
+
+def _named(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:NODES_NAMED_MAX])
+    return shown if len(names) <= NODES_NAMED_MAX else f"{shown} and {len(names) - NODES_NAMED_MAX:,} more"
 
 
 def _operation(text: str) -> Operation:

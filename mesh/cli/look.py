@@ -26,6 +26,7 @@ from .output import (
     human_duration,
     note,
     print_json,
+    printable,
     say,
     show,
     table,
@@ -54,18 +55,34 @@ def nodes(
         raise SettingsError("--watch and --json exclude each other: --json prints one document; repeat the command")
     if watch:
         return _watch_nodes(agent, controller)
-    with reach.view(agent, controller) as view:
-        document = view.nodes()
+    document = _nodes(agent, controller)
     if as_json:
         print_json(document)
     else:
         show(NODE_COLUMNS, node_rows(document))
-        for conflict in document.get("conflicts", ()):
-            note(
-                f"two processes were called {conflict['name']}: at {conflict['address']} and at "
-                f"{conflict['other_address']}; give one another --name"
-            )
+        for sentence in _conflicts(document):
+            note(sentence)
     return 0 if document["nodes"] else 1
+
+
+def _nodes(agent: Path | None, controller: str | None) -> Document:
+    """The document of `nodes`: the process that answers first, as it says it, and the others by name. Who follows the
+    table must not see rows that trade places."""
+    with reach.view(agent, controller) as view:
+        document = view.nodes()
+    first, others = document["nodes"][:1], document["nodes"][1:]
+    return {**document, "nodes": [*first, *sorted(others, key=lambda node: str(node["name"]))]}
+
+
+def _conflicts(document: Document) -> list[str]:
+    """A sentence for each name that two processes use."""
+    return [
+        printable(
+            f"two processes were called {conflict['name']}: at {conflict['address']} and at "
+            f"{conflict['other_address']}; give one another --name"
+        )
+        for conflict in document.get("conflicts", ())
+    ]
 
 
 NODE_COLUMNS = (
@@ -125,8 +142,9 @@ def _watch_nodes(agent: Path | None, controller: str | None) -> int:
         raise SettingsError("--watch draws on a terminal: into a pipe, repeat the command instead")
 
     def look() -> RenderableType:
-        with reach.view(agent, controller) as view:
-            return table(NODE_COLUMNS, node_rows(view.nodes()), columns_wide=screen.width)
+        document = _nodes(agent, controller)
+        shown = table(NODE_COLUMNS, node_rows(document), columns_wide=screen.width)
+        return Group(shown, *(Text(sentence, style="yellow") for sentence in _conflicts(document)))
 
     seen = shown = look()
     with Live(shown, console=screen, auto_refresh=False) as live, suppress(KeyboardInterrupt):

@@ -7,12 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvmesh.settings import LOOPBACK_HOSTS, MESH_PORT_DEFAULT, parse_port, parse_size, socket_default
+from kvmesh.settings import (
+    GOSSIP_PORT_DEFAULT,
+    LOOPBACK_HOSTS,
+    MESH_PORT_DEFAULT,
+    parse_port,
+    parse_size,
+    socket_default,
+)
 
 from . import reach
 from .options import AgentSocket, AsJson
 from .output import Column, counted, print_json, say, show
-from .processes import MEMORY_DEFAULT, Memory, MeshPort
+from .processes import MEMORY_DEFAULT, GossipPort, Memory, MeshPort
 
 if TYPE_CHECKING:
     from kvmesh.doctor import Finding
@@ -21,6 +28,7 @@ if TYPE_CHECKING:
 def doctor(
     agent: AgentSocket = None,
     mesh_port: MeshPort = str(MESH_PORT_DEFAULT),
+    gossip_port: GossipPort = str(GOSSIP_PORT_DEFAULT),
     memory: Memory = MEMORY_DEFAULT,
     as_json: AsJson = False,
 ) -> int:
@@ -30,8 +38,14 @@ def doctor(
     """
     from kvmesh.doctor import examine
 
-    socket, port, arena_bytes = agent or socket_default(), parse_port(mesh_port), parse_size(memory)
-    findings = examine(socket, LOOPBACK_HOSTS[0], port, arena_bytes, reach.mesh)
+    findings = examine(
+        agent or socket_default(),
+        LOOPBACK_HOSTS[0],
+        parse_port(mesh_port),
+        parse_port(gossip_port, flag="--gossip-port"),
+        parse_size(memory),
+        reach.mesh,
+    )
     counts = {status: sum(one.status == status for one in findings) for status in ("problem", "warning")}
     if as_json:
         print_json(

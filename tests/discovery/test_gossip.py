@@ -1,141 +1,41 @@
-"""Membership by gossip, above the protocol: what a member is, heads, foreigners, keys."""
+"""Membership by gossip, above the protocol: what a member is, and heads."""
 
 from __future__ import annotations
-
-import itertools
-from random import Random
 
 import pytest
 
 from kvmesh.discovery.actions import (
-    Action,
-    Event,
     Heard,
     JournalChanged,
-    KeysAsked,
-    Notify,
     Refuse,
     Requested,
-    Started,
-    Stopping,
-    Ticked,
-    Wake,
 )
-from kvmesh.discovery.gossip import HEAD_PREFIX, GossipMembership
+from kvmesh.discovery.gossip import HEAD_PREFIX
 from kvmesh.discovery.head import Head, node_id
 from kvmesh.discovery.heads import pack_heads, unpack_heads
-from kvmesh.discovery.keying import PAYLOAD_PREFIX, KeysAnswered, KeysResult, NodeKeys
 from kvmesh.discovery.membership import Changed, Conflict, Failed, HeadTold, Joined, Left, MemberState
-from kvmesh.discovery.messages import Identity, Leave, Ping
+from kvmesh.discovery.messages import Leave, Ping
 from kvmesh.discovery.meta import Meta
-from kvmesh.discovery.serf import JOIN, LEAVE, Intent, decode_intent, decode_state, encode_intent, encode_state
+from kvmesh.discovery.serf import decode_state, encode_state
 from kvmesh.discovery.swim.events import (
-    AnswerPull,
-    PacketCame,
     Pulled,
-    SendPacket,
-    SendUser,
-    StreamFailed,
-    UserCame,
 )
-from kvmesh.discovery.wire.keyring import Keyring, fingerprint
-from kvmesh.discovery.wire.messages import VERSIONS, Ack, Alive, Dead, Endpoint, Message, PushPull, Suspect, User
-from kvmesh.discovery.wire.messages import Ping as SwimPing
-from kvmesh.transport.limits import CONFLICTS_MAX, HEAD_INTERVAL_S, KEYS_ROUND_S
-from tests.discovery.swim.support import of, only, sent
-
-HERE = Endpoint(bytes([10, 0, 0, 1]), 7946)
-THERE = Endpoint(bytes([10, 0, 0, 2]), 7946)
-ELSEWHERE = Endpoint(bytes([10, 0, 0, 3]), 7946)
-IDENTITY = Identity("b", "agent", 5, "10.0.0.2:7000", {})
-SERF_META = b"\xff\x82\xa4role\xa3web\xa2dc\xa4east"
-KEY, OTHER_KEY = bytes(16), bytes([1]) * 16
-
-
-def meta(role: str = "agent", epoch: int = 5, mesh_port: int = 7000, facts: dict[str, str] | None = None) -> bytes:
-    return Meta(role, mesh_port, epoch, public_key=b"k" * 32, facts=facts or {}).encode()  # type: ignore[arg-type]
-
-
-def alive(
-    name: str = "b", incarnation: int = 1, place: Endpoint = THERE, said: bytes | None = None, *, epoch: int = 5
-) -> Alive:
-    return Alive(incarnation, name, *place, meta(epoch=epoch) if said is None else said, VERSIONS)
-
-
-def head(name: str = "b", seq: int = 1, epoch: int = 5) -> Head:
-    return Head(node_id(name), epoch, seq, seq, 99)
-
-
-def told(one: Head) -> User:
-    return User(HEAD_PREFIX + one.to_bytes())
-
-
-class Side:
-    """The membership of ``a``, with a clock. The tests play the others."""
-
-    def __init__(self, keys: list[bytes] | None = None, *, journal: bool = True, now: float = 100.0) -> None:
-        self.now = now
-        self.seq = 0
-        self.saved = 0
-        self.done: list[Action] = []
-        self.wake_at = float("inf")
-        self.membership = GossipMembership(
-            Identity("a", "agent", 5_000_000, "10.0.0.1:7000", {}),
-            HERE,
-            head=lambda: Head(node_id("a"), 5_000_000, self.seq, self.seq, 1) if journal else None,
-            random=Random(0),
-            keyring=Keyring(keys) if keys else None,
-            save_keys=self._save,
-        )
-        self.feed(Started())
-
-    def _save(self) -> None:
-        self.saved += 1
-
-    def feed(self, event: Event) -> list[Action]:
-        if self.wake_at <= self.now:
-            self.wake_at = float("inf")
-        actions = self.membership.handle(event, self.now)
-        for action in actions:
-            if isinstance(action, Wake):
-                self.wake_at = action.at
-        self.done += actions
-        return actions
-
-    def hear(self, *messages: Message, source: Endpoint = THERE) -> list[object]:
-        """A packet comes; the events of the membership that it leads to."""
-        return events(self.feed(PacketCame(source, messages)))
-
-    def pull(self, state: bytes = b"") -> PushPull:
-        """A peer begins a push/pull; the answer."""
-        return only(of(self.feed(Pulled(1, THERE, PushPull(False, (), state))), AnswerPull)).state
-
-    def run(self, seconds: float) -> list[Action]:
-        until, before = self.now + seconds, len(self.done)
-        for rings in itertools.count():
-            if self.wake_at > until:
-                break
-            assert rings < 1000, "alarms without end"
-            self.now = max(self.now, self.wake_at)
-            for target, ping in sent(self.feed(Ticked()), SwimPing):
-                self.hear(Ack(ping.seq), source=target)  # whoever is pinged is there
-        self.now = until
-        return self.done[before:]
-
-    def heads_gossiped(self, seconds: float = 3.0) -> set[Head]:
-        """The heads in the packets of this time."""
-        payloads = {word.payload for _, word in sent(self.run(seconds), User)}
-        size = len(HEAD_PREFIX)
-        return {Head.from_bytes(one[size:]) for one in payloads if one.startswith(HEAD_PREFIX)}
-
-
-def events(actions: list[Action]) -> list[object]:
-    return [action.event for action in of(actions, Notify)]
-
-
-def kinds(told_events: list[object]) -> list[type]:
-    return [type(one) for one in told_events]
-
+from kvmesh.discovery.wire.messages import Dead, Endpoint, PushPull, Suspect, User
+from kvmesh.transport.limits import CONFLICTS_MAX, HEAD_INTERVAL_S
+from tests.discovery.gossip_side import (
+    ELSEWHERE,
+    IDENTITY,
+    SERF_META,
+    THERE,
+    Side,
+    alive,
+    events,
+    head,
+    kinds,
+    meta,
+    told,
+)
+from tests.discovery.swim.support import only
 
 # --- members ---------------------------------------------------------------------------------------------------------
 
@@ -257,7 +157,7 @@ def test_conflicts_are_bounded_and_the_oldest_goes():
     found = side.membership.conflicts()
     assert len(found) == CONFLICTS_MAX
     assert found[0].other_address == "10.0.0.3:11"
-    assert side.membership.protocol_counters.conflicts == CONFLICTS_MAX + 10
+    assert side.membership.swim.counters.conflicts == CONFLICTS_MAX + 10
 
 
 # --- metas of others -------------------------------------------------------------------------------------------------
@@ -441,137 +341,3 @@ def test_members_of_a_push_pull_come_before_the_heads_that_came_with_them():
     found = events(actions)
     assert kinds(found) == [Joined, HeadTold, HeadTold]
     assert found[2] == HeadTold("b", head(seq=8))
-
-
-# --- Serf ------------------------------------------------------------------------------------------------------------
-
-
-def words_gossiped(side: Side, seconds: float = 3.0) -> list[Intent | None]:
-    payloads = sorted({word.payload for _, word in sent(side.run(seconds), User)})
-    return [decode_intent(one) for one in payloads if one[0] <= 1]
-
-
-def test_a_foreigner_hears_that_this_node_is_here_on_purpose():
-    side = Side()
-    side.hear(alive())
-    assert words_gossiped(side) == []
-    side.hear(alive("s", place=ELSEWHERE, said=SERF_META))
-    assert words_gossiped(side) == [Intent(JOIN, 1, "a")]
-    side.hear(alive("t", place=Endpoint(ELSEWHERE.ip, 1), said=SERF_META))
-    assert words_gossiped(side) == [], "once"
-
-
-def test_a_word_of_serf_is_passed_on_once():
-    side = Side()
-    side.hear(alive("s", said=SERF_META))
-    words_gossiped(side)
-    word = User(encode_intent(Intent(LEAVE, 7, "s")))
-    side.hear(word)
-    assert words_gossiped(side) == [Intent(LEAVE, 7, "s")]
-    side.hear(word)
-    side.hear(User(encode_intent(Intent(LEAVE, 6, "s"))))
-    assert words_gossiped(side) == []
-    side.hear(User(b"\x01 no msgpack"))
-    assert side.membership.counters.malformed == 1
-
-
-def test_a_leave_of_this_node_is_refuted_while_it_stays():
-    side = Side()
-    side.hear(alive("s", said=SERF_META))
-    words_gossiped(side)
-    side.hear(User(encode_intent(Intent(LEAVE, 7, "a"))))
-    assert words_gossiped(side) == [Intent(JOIN, 8, "a")]
-
-
-def test_words_that_a_push_pull_calls_for_are_gossiped():
-    side = Side()
-    side.hear(alive())
-    words_gossiped(side)
-    left = b"\x02\x82\xa5LTime\x09\xabLeftMembers\x91\xa1a"
-    side.pull(left)
-    assert words_gossiped(side) == [Intent(JOIN, 9, "a")]
-
-
-@pytest.mark.parametrize("is_foreign", [True, False])
-def test_foreigners_hear_a_leave_intent_before_the_last_word(is_foreign: bool):
-    side = Side()
-    side.hear(alive("s", said=SERF_META if is_foreign else meta()))
-    side.run(3.0)
-    packet = next(one for one in of(side.feed(Stopping()), SendPacket) if isinstance(one.messages[-1], Dead))
-    words = [decode_intent(word.payload) for word in packet.messages[:-1] if isinstance(word, User)]
-    assert words == ([Intent(LEAVE, 2, "a")] if is_foreign else [])
-    assert packet.messages[-1] == Dead(5000, "a", "a")
-
-
-def test_words_of_nobody_knows_whom_are_counted():
-    side = Side()
-    side.hear(User(b"unknown"), User(b""), User(PAYLOAD_PREFIX + b"\x01 in a packet"))
-    assert side.membership.counters.foreign == 3
-    assert side.membership.keys.counters.malformed == 0, "keys are changed over streams only"
-
-
-# --- keys ------------------------------------------------------------------------------------------------------------
-
-
-def with_members(keys: list[bytes] | None = None) -> Side:
-    side = Side([KEY] if keys is None else keys)
-    side.hear(alive(), alive("c", place=ELSEWHERE), alive("s", place=Endpoint(ELSEWHERE.ip, 9), said=SERF_META))
-    side.hear(alive("d", place=Endpoint(ELSEWHERE.ip, 8)), Dead(1, "d", "d"))
-    return side
-
-
-def asked(side: Side, operation: str = "list", key: bytes = b"") -> list[SendUser]:
-    return of(side.feed(KeysAsked(3, operation, key)), SendUser)  # type: ignore[arg-type]
-
-
-def test_all_members_that_are_there_and_ours_are_asked_about_keys():
-    questions = asked(with_members())
-    assert {one.target for one in questions} == {THERE, ELSEWHERE}
-    assert all(one.payload.startswith(PAYLOAD_PREFIX) for one in questions)
-    assert len({one.number for one in questions}) == 2
-
-
-def test_a_question_about_keys_is_answered_over_a_stream_and_the_result_is_told():
-    side, peer = with_members(), Side([KEY, OTHER_KEY])
-    peer.membership.keys._name = "b"
-    peer.hear(alive("a", place=HERE), source=HERE)
-    to_b, to_c = sorted(asked(side), key=lambda one: one.target)
-    answer = only(of(peer.feed(UserCame(HERE, to_b.payload)), SendUser))
-    assert answer.target == HERE
-    assert side.feed(UserCame(THERE, answer.payload)) == []
-    result = only(events(side.feed(StreamFailed(to_c.number, "refused"))))
-    assert isinstance(result, KeysAnswered)
-    assert result.token == 3
-    assert sorted(result.result.nodes, key=lambda node: node.name) == [
-        NodeKeys("a", "ok", "", (fingerprint(KEY),)),
-        NodeKeys("b", "ok", "", (fingerprint(KEY), fingerprint(OTHER_KEY))),
-        NodeKeys("c", "silent", "it cannot be reached"),
-    ]
-
-
-def test_who_is_silent_ends_the_round_when_its_time_is_over():
-    side = with_members()
-    asked(side)
-    assert not [one for one in events(side.run(KEYS_ROUND_S - 0.01)) if isinstance(one, KeysAnswered)]
-    result = only([one for one in events(side.run(0.02)) if isinstance(one, KeysAnswered)])
-    assert [node.status for node in result.result.nodes] == ["ok", "silent", "silent"]
-
-
-def test_a_key_is_installed_and_kept():
-    side = Side([KEY])
-    result = only(events(side.feed(KeysAsked(3, "install", OTHER_KEY))))
-    shown = (fingerprint(KEY), fingerprint(OTHER_KEY))
-    assert result == KeysAnswered(3, KeysResult("install", fingerprint(OTHER_KEY), (NodeKeys("a", "ok", "", shown),)))
-    assert side.saved == 1
-
-
-def test_without_keys_that_is_said():
-    result = only(events(Side().feed(KeysAsked(3, "list", b""))))
-    assert isinstance(result, KeysAnswered)
-    assert "--key-file" in result.result.error
-
-
-def test_a_stream_that_failed_for_another_reason_ends_no_round():
-    side = with_members()
-    numbers = {one.number for one in asked(side)}
-    assert events(side.feed(StreamFailed(max(numbers) + 1000, "of an exchange"))) == []

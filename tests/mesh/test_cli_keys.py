@@ -15,6 +15,7 @@ from tests.mesh.cli_fakes import Cli, FakeView
 
 OLD, NEW = b"o" * 32, b"n" * 32
 BOTH = (fingerprint(OLD), fingerprint(NEW))
+NODES: dict[str, Any] = {"nodes": [{"name": "a", "state": "alive", "epoch": 1}]}
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_keygen_follows_no_link_and_says_what_cannot_be_written(cli: Cli, tmp_pa
 
 def test_the_list_has_fingerprints_and_how_many_nodes_have_them(cli: Cli):
     document = result("list", ok("a"), ok("b"), ok("c", fingerprint(NEW)))
-    view = FakeView({"keys": document})
+    view = FakeView({"nodes": NODES, "keys": document})
     cli.answer(view)
     for columns in ("80", "120"):
         ran = cli("keys", "list", env={"COLUMNS": columns})
@@ -81,7 +82,7 @@ def test_the_list_has_fingerprints_and_how_many_nodes_have_them(cli: Cli):
     ("operation", "verb"), [("install", "installed on"), ("use", "used by"), ("remove", "removed from")]
 )
 def test_a_change_on_all_nodes(cli: Cli, operation: str, verb: str):
-    view = FakeView({"keys": result(operation, ok("a"), ok("b"))})
+    view = FakeView({"nodes": NODES, "keys": result(operation, ok("a"), ok("b"))})
     cli.answer(view)
     ran = cli("keys", operation, to_text(NEW), "--controller", "127.0.0.1:1")
     assert (ran.code, ran.out, ran.err) == (0, f"key {fingerprint(NEW)} {verb} 2 of 2 nodes\n", "")
@@ -89,7 +90,7 @@ def test_a_change_on_all_nodes(cli: Cli, operation: str, verb: str):
 
 
 def test_a_key_may_come_from_stdin(cli: Cli, monkeypatch: pytest.MonkeyPatch):
-    view = FakeView({"keys": result("use", ok("a"))})
+    view = FakeView({"nodes": NODES, "keys": result("use", ok("a"))})
     cli.answer(view)
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{to_text(NEW)}\n"))
     assert cli("keys", "use", "-").code == 0
@@ -98,7 +99,11 @@ def test_a_key_may_come_from_stdin(cli: Cli, monkeypatch: pytest.MonkeyPatch):
 
 def test_nodes_that_did_not_do_it_are_named(cli: Cli):
     silent = NodeKeys("b", "silent", "it did not answer within 2 s")
-    cli.answer(FakeView({"keys": result("install", ok("a"), silent, NodeKeys("c\x1b", "failed", "it is full"))}))
+    cli.answer(
+        FakeView(
+            {"nodes": NODES, "keys": result("install", ok("a"), silent, NodeKeys("c\x1b", "failed", "it is full"))}
+        )
+    )
     ran = cli("keys", "install", to_text(NEW))
     assert (ran.code, ran.out) == (1, f"key {fingerprint(NEW)} installed on 1 of 3 nodes\n")
     assert ran.err.splitlines() == [
@@ -108,20 +113,36 @@ def test_nodes_that_did_not_do_it_are_named(cli: Cli):
     ]
     assert cli("keys", "install", to_text(NEW), "--json").code == 1
     many = [NodeKeys(f"n{number}", "silent", "no") for number in range(30)]
-    cli.answer(FakeView({"keys": result("install", *many)}))
+    cli.answer(FakeView({"nodes": NODES, "keys": result("install", *many)}))
     assert "kvmesh: and 10 more nodes: --json names them all" in cli("keys", "install", to_text(NEW)).err
 
 
 def test_what_would_cut_nodes_off_is_not_done(cli: Cli):
     lacks = NodeKeys("b", "failed", "it does not have this key")
-    cli.answer(FakeView({"keys": result("use", ok("a"), lacks, error="nothing was changed")}))
+    cli.answer(FakeView({"nodes": NODES, "keys": result("use", ok("a"), lacks, error="nothing was changed")}))
     ran = cli("keys", "use", to_text(NEW))
     assert (ran.code, ran.out) == (1, "")
     assert ran.err == "kvmesh: b: it does not have this key\nkvmesh: nothing was changed\n"
 
 
+def test_nodes_that_failed_and_were_not_asked_are_named(cli: Cli):
+    found = [("a", "alive", 1), ("c\x1b", "failed", 3), ("b", "failed", 2), ("s", "failed", 0), ("l", "left", 4)]
+    nodes = {"nodes": [{"name": name, "state": state, "epoch": epoch} for name, state, epoch in found]}
+    cli.answer(FakeView({"nodes": nodes, "keys": result("use", ok("a"))}))
+    ran = cli("keys", "use", to_text(NEW))
+    assert (ran.code, ran.out) == (0, f"key {fingerprint(NEW)} used by 1 of 1 node\n")
+    assert ran.err.startswith("kvmesh: not asked, since they do not answer: b, c\N{REPLACEMENT CHARACTER}. A node that")
+    many = {"nodes": [{"name": f"n{number:02}", "state": "failed", "epoch": 1} for number in range(30)]}
+    cli.answer(FakeView({"nodes": many, "keys": result("use", ok("a"))}))
+    assert "n19 and 10 more. A node" in cli("keys", "use", to_text(NEW)).err
+
+
 def test_without_gossip_keys_it_is_an_error_that_says_what_to_do(cli: Cli):
-    cli.answer(FakeView({"keys": result("list", error="a: it runs without gossip keys: start it with --key-file")}))
+    cli.answer(
+        FakeView(
+            {"nodes": NODES, "keys": result("list", error="a: it runs without gossip keys: start it with --key-file")}
+        )
+    )
     for flags in ([], ["--json"]):
         ran = cli("keys", "list", *flags)
         assert (ran.code, ran.out) == (2, "")

@@ -99,6 +99,13 @@ def test_a_pipe_gets_every_column_in_one_line(cli: Cli):
     assert second.split()[-3:] == ["-", "-", "-"]
 
 
+def test_rows_keep_their_places_whatever_order_the_members_have(cli: Cli):
+    own, others = {**PLAIN, "name": "z"}, [{**PLAIN, "name": name} for name in ("c", "a", "b")]
+    cli.answer(FakeView({"nodes": {"nodes": [own, *others]}}))
+    assert [line.split()[0] for line in cli("nodes").out.splitlines()[1:]] == ["z", "a", "b", "c"]
+    assert [node["name"] for node in json.loads(cli("nodes", "--json").out)["nodes"]] == ["z", "a", "b", "c"]
+
+
 def test_no_nodes_is_nothing_found(cli: Cli):
     cli.answer(FakeView({"nodes": {"nodes": []}}))
     assert cli("nodes").code == 1
@@ -154,7 +161,9 @@ def test_one_asks_one():
 
 
 def test_watching_follows_and_survives_an_agent_that_restarts(cli: Cli, monkeypatch: pytest.MonkeyPatch):
-    answers = [NODES, AgentUnavailableError("it is gone"), {"nodes": [{**PLAIN, "name": "n3"}]}]
+    conflict = {"name": "n3", "address": "127.0.0.1:1", "other_address": "127.0.0.1:2"}
+    last = {"nodes": [{**PLAIN, "name": "n3"}], "conflicts": [conflict]}
+    answers = [NODES, AgentUnavailableError("it is gone"), last]
     view = FakeView({"nodes": answers[0]})
     cli.answer(view)
     screen = Console(force_terminal=True, width=120, record=True, color_system=None)
@@ -173,6 +182,7 @@ def test_watching_follows_and_survives_an_agent_that_restarts(cli: Cli, monkeypa
     assert "inference-node" in shown
     assert "it is gone" in shown
     assert "n3" in shown
+    assert "two processes were called n3: at 127.0.0.1:1 and at 127.0.0.1:2" in shown
 
 
 def test_watching_needs_a_terminal(cli: Cli):

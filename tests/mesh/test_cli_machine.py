@@ -49,9 +49,9 @@ def test_a_problem_is_exit_code_1(cli: Cli, monkeypatch: pytest.MonkeyPatch):
 def test_the_doctor_is_told_what_the_agent_is_told(cli: Cli, monkeypatch: pytest.MonkeyPatch):
     told: list[Any] = []
     monkeypatch.setattr(doctor, "examine", lambda *arguments: told.append(arguments) or [])
-    cli("doctor", "--mesh-port", "0", env={"KVMESH_SOCKET": "/a.sock", "KVMESH_MEMORY": "1MiB"})
-    ((socket, host, port, arena_bytes, _),) = told
-    assert (str(socket), host, port, arena_bytes) == ("/a.sock", "127.0.0.1", 0, 1 << 20)
+    cli("doctor", "--mesh-port", "0", "--gossip-port", "7", env={"KVMESH_SOCKET": "/a.sock", "KVMESH_MEMORY": "1MiB"})
+    ((socket, host, port, gossip_port, arena_bytes, _),) = told
+    assert (str(socket), host, port, gossip_port, arena_bytes) == ("/a.sock", "127.0.0.1", 0, 7, 1 << 20)
 
 
 def test_the_demo_decides_its_exit_code(cli: Cli, monkeypatch: pytest.MonkeyPatch):

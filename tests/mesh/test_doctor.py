@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from kvmesh import doctor
-from kvmesh.doctor import Finding
+from kvmesh.doctor import Addresses, Finding
 from kvmesh.host import Gpu, HostFacts
 from kvmesh.transport.errors import AgentUnavailableError, UnreachableError, VersionMismatchError
 
@@ -28,14 +28,18 @@ class FakeMesh:
 
     node = "n1"
 
-    def __init__(self, address: str = "127.0.0.1:7950", error: Exception | None = None) -> None:
-        self.address, self.error = address, error
+    address = "127.0.0.1:7950"
+    gossip_address = "127.0.0.1:7951"
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
         self.closed = False
 
     def nodes(self) -> dict[str, Any]:
         if self.error:
             raise self.error
-        return {"nodes": [{"name": "n0", "address": "127.0.0.1:1"}, {"name": "n1", "address": self.address}]}
+        own = {"name": "n1", "address": self.address, "gossip_address": self.gossip_address}
+        return {"nodes": [{"name": "n0", "address": "127.0.0.1:1"}, own]}
 
     def close(self) -> None:
         self.closed = True
@@ -117,8 +121,8 @@ def test_no_advice_changes_or_removes_a_path_that_the_user_named():
 
 def test_no_agent(tmp_path: Path):
     path = tmp_path / "agent.sock"
-    finding, address = doctor.check_agent(path, UID, refuse(AssertionError()))
-    assert (finding.status, finding.advice, address) == ("warning", "start it: kvmesh agent", None)
+    finding, addresses = doctor.check_agent(path, UID, refuse(AssertionError()))
+    assert (finding.status, finding.advice, addresses) == ("warning", "start it: kvmesh agent", None)
     path.touch()
     assert doctor.check_agent(path, UID, refuse(AssertionError()))[0].status == "problem"
 
@@ -135,8 +139,8 @@ def test_a_socket_that_an_agent_left_behind():
 
 def test_an_agent_that_answers(listening: Path):
     mesh = FakeMesh()
-    finding, address = doctor.check_agent(listening, UID, lambda path: mesh)
-    assert (finding.status, address) == ("ok", "127.0.0.1:7950")
+    finding, addresses = doctor.check_agent(listening, UID, lambda path: mesh)
+    assert (finding.status, addresses) == ("ok", Addresses("127.0.0.1:7950", "127.0.0.1:7951"))
     assert "n1 answers" in finding.what
     assert mesh.closed
 
@@ -145,7 +149,7 @@ def test_an_agent_that_does_not(listening: Path):
     for error in (VersionMismatchError("it speaks 2, we speak 1"), AgentUnavailableError("no answer in 5 s")):
         finding, _ = doctor.check_agent(listening, UID, refuse(error))
         assert (finding.status, finding.what) == ("problem", str(error))
-    mesh = FakeMesh(error=UnreachableError("gone"))
+    mesh = FakeMesh(UnreachableError("gone"))
     assert doctor.check_agent(listening, UID, lambda path: mesh)[0].status == "problem"
     assert mesh.closed
     assert doctor.check_agent(listening, UID + 1, lambda path: mesh)[0].status == "problem"
@@ -158,12 +162,29 @@ def test_the_mesh_port():
         port = taken.getsockname()[1]
         finding = doctor.check_mesh_port("127.0.0.1", port, None)
         assert (finding.status, "--mesh-port 0" in finding.advice) == ("warning", True)
-        assert doctor.check_mesh_port("127.0.0.1", port, f"127.0.0.1:{port}").status == "ok"
+        assert doctor.check_mesh_port("127.0.0.1", port, Addresses(f"127.0.0.1:{port}", None)).status == "ok"
         # Another process has the port that the agent would have by default; this agent runs on one of its own.
-        other = doctor.check_mesh_port("127.0.0.1", port, "127.0.0.1:7953")
+        other = doctor.check_mesh_port("127.0.0.1", port, Addresses("127.0.0.1:7953", None))
         assert (other.status, other.what) == ("ok", "127.0.0.1:7953 is the agent's")
     assert doctor.check_mesh_port("127.0.0.1", port, None).status == "ok"
     assert doctor.check_mesh_port("127.0.0.1", 0, None).what == "any free one"
+
+
+@pytest.mark.parametrize(("kind", "called"), [(socket.SOCK_DGRAM, "UDP"), (socket.SOCK_STREAM, "TCP")])
+def test_the_gossip_port(kind: socket.SocketKind, called: str):
+    with socket.socket(type=kind) as taken:
+        taken.bind(("127.0.0.1", 0))
+        if kind == socket.SOCK_STREAM:
+            taken.listen(1)
+        port = taken.getsockname()[1]
+        finding = doctor.check_gossip_port("127.0.0.1", port, None)
+        assert (finding.status, f"cannot be used for {called}" in finding.what) == ("warning", True)
+        assert "--gossip-port 0" in finding.advice
+        running = doctor.check_gossip_port("127.0.0.1", port, Addresses("127.0.0.1:1", "127.0.0.1:7953"))
+        assert (running.status, running.what) == ("ok", "127.0.0.1:7953 is the agent's")
+        assert "static" in doctor.check_gossip_port("127.0.0.1", port, Addresses("127.0.0.1:1", None)).what
+    assert doctor.check_gossip_port("127.0.0.1", port, None).status == "ok"
+    assert doctor.check_gossip_port("127.0.0.1", 0, None).what == "any free one"
 
 
 def test_shared_memory():
@@ -210,6 +231,6 @@ def test_nixl():
 
 
 def test_the_whole_examination_of_this_machine(tmp_path: Path):
-    findings = doctor.examine(tmp_path / "agent.sock", "127.0.0.1", 0, 1 << 20, refuse(AssertionError()))
+    findings = doctor.examine(tmp_path / "agent.sock", "127.0.0.1", 0, 0, 1 << 20, refuse(AssertionError()))
     assert len({finding.name for finding in findings}) == len(findings)
     assert [finding for finding in findings if finding.status == "problem"] == []

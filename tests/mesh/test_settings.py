@@ -117,7 +117,7 @@ def test_what_is_not_a_port_is_said(text: str):
         ({"name": "n" * 129}, "at most 128"),
         ({"bind": "0.0.0.0"}, "--bind 0.0.0.0: kvmesh listens on loopback only"),
         ({"mesh_port": 70000}, "--mesh-port 70000"),
-        ({"join": ("n1",)}, "--join 'n1'"),
+        ({"join": ("n1",)}, "--join 'n1' is not an address: write HOST:PORT, for example 127.0.0.1:7951"),
         ({"log_level": "loud"}, "--log-level 'loud': use one of debug, info, warning, error"),
         ({"membership": "magic"}, "--membership 'magic': use one of gossip, static"),
         ({"gossip_port": 70000}, "--gossip-port 70000: use a port"),
@@ -125,6 +125,9 @@ def test_what_is_not_a_port_is_said(text: str):
         ({"profile": "moon"}, "--profile 'moon': use one of lan, wan, local"),
         ({"label": "\N{EURO SIGN}" * 86}, "--label: use at most 255 bytes"),
         ({"key_file": Path("k"), "membership": "static"}, "--key-file encrypts gossip"),
+        ({"label": "a", "membership": "static"}, "--label is gossip's, which --membership static does without"),
+        ({"advertise": "10.0.0.5", "membership": "static"}, "--advertise is told by gossip"),
+        ({"join": ("n1",), "membership": "static"}, "for example 127.0.0.1:7950"),
     ],
 )
 @pytest.mark.parametrize("kind", [NodeSettings, AgentSettings, ControllerSettings])

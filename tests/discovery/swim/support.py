@@ -90,8 +90,8 @@ class App:
     def on_change(self, node: Node, change: Change, now: float) -> None:
         self.changes.append((node.name, change))
 
-    def on_conflict(self, node: Node, other: Alive, now: float) -> None:
-        self.conflicts.append((node.name, node.endpoint, other.endpoint))
+    def on_conflict(self, node: Node, other: Endpoint, now: float) -> None:
+        self.conflicts.append((node.name, node.endpoint, other))
 
     def on_user(self, payload: bytes, source: Endpoint, now: float) -> None:
         self.users.append(payload)

@@ -298,6 +298,22 @@ def test_our_profile_asks_further_helpers_with_each_later_ping_and_wants_no_nack
     assert not any(later)
 
 
+def test_a_name_at_two_addresses_is_a_conflict_once_both_are_seen_to_run():
+    lone = Lone(others=2)
+    elsewhere = Ping(9, "n1", *at(50), "n3")
+    lone.hear(elsewhere, source=at(50))
+    lone.hear(elsewhere, source=at(50))
+    assert lone.app.conflicts == [], "a new start of n3, maybe, of which nothing was heard yet"
+    lone.run(5.0, silent=())  # the one that is known answers its probes
+    lone.hear(elsewhere, source=at(50))
+    assert lone.app.conflicts == [("n3", at(3), at(50))]
+    forged = Ping(9, "n1", *at(60), "n2")
+    for _ in range(3):
+        lone.hear(forged, source=at(61))
+        lone.run(5.0, silent=())
+    assert len(lone.app.conflicts) == 1
+
+
 def insisting(lone: Lone) -> Ping:
     """The question to a suspect beside the probes."""
     for _ in range(200):
