@@ -328,8 +328,8 @@ def test_a_peer_that_never_reads_what_we_send_costs_the_time_of_the_action() -> 
         (CODEC.seal(state_of("b"), answer=True)[:-1], "the stream was closed without an answer"),
         (
             b"\x63",
-            "its answer could not be read: a message of kind 99 over a stream; what listens there does not gossip: give "
-            "the gossip port, not the mesh port",
+            "its answer could not be read: a message of kind 99 over a stream; what listens there does not gossip: "
+            "give the gossip port, not the mesh port",
         ),
     ],
 )
