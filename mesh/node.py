@@ -23,6 +23,7 @@ from kvmesh.discovery import Discovery, Gossip, Identity, Journal
 from kvmesh.discovery.network import open_network, read_members_file
 from kvmesh.discovery.swim.profile import PROFILES
 from kvmesh.discovery.wire.keyring import Keyring
+from kvmesh.discovery.wire.messages import Endpoint, text_of
 from kvmesh.host import host_facts
 from kvmesh.settings import NodeSettings
 from kvmesh.transport import CallHandler, ChunkSource, Transport, open_zmq
@@ -62,7 +63,7 @@ class Node:
             "role": self.role,
             "pid": os.getpid(),
             "epoch": self.epoch,
-            "mesh_address": self.transport.address,
+            "mesh_address": self.discovery.identity.address,
         } | ({} if self.gossip is None else {"gossip_address": self.gossip.network.address})
 
     def stats(self) -> dict[str, Any]:
@@ -97,12 +98,20 @@ async def open_node(
         name=settings.name,
         role=role,
         epoch=epoch,
-        address=node.transport.address,
+        address=_mesh_address(node, settings),
         meta=host_facts().to_meta(),
     )
     node.discovery = Discovery(identity, node.transport.call, journal, settings.join, gossip=node.gossip)
     node.queries = queries.Queries(node.discovery, lambda: node.stats() | stats())
     return node
+
+
+def _mesh_address(node: Node, settings: NodeSettings) -> str:
+    """Where others reach the transport: at the advertised address, when there is one."""
+    if node.gossip is None or not settings.advertise:
+        return node.transport.address
+    port = int(node.transport.address.rpartition(":")[2])
+    return text_of(Endpoint(node.gossip.network.endpoint.ip, port))
 
 
 async def _open_gossip(settings: NodeSettings) -> Gossip:

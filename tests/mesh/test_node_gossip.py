@@ -1,0 +1,37 @@
+"""What a node says of where it is reached, when it finds others by gossip."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from kvmesh.controller import open_controller
+from kvmesh.settings import ControllerSettings
+
+
+def facts(tmp_path: Path, advertise: str) -> tuple[dict[str, object], str]:
+    settings = ControllerSettings("c", mesh_port=0, gossip_port=0, advertise=advertise, state_dir=tmp_path)
+
+    async def scene() -> tuple[dict[str, object], str]:
+        async with open_controller(settings) as node:
+            return node.facts(), node.discovery.members()[0].address
+
+    return asyncio.run(scene())
+
+
+@pytest.mark.slow  # it leaves the mesh in order
+def test_the_advertised_address_is_told_for_gossip_and_for_the_mesh_port(tmp_path: Path) -> None:
+    said, own_address = facts(tmp_path, "127.0.0.9:7000")
+    assert said["gossip_address"] == "127.0.0.9:7000"
+    assert str(said["mesh_address"]).startswith("127.0.0.9:")
+    assert said["mesh_address"] == own_address
+
+
+@pytest.mark.slow  # as above
+def test_without_one_it_is_where_the_node_listens(tmp_path: Path) -> None:
+    said, own_address = facts(tmp_path, "")
+    assert str(said["gossip_address"]).startswith("127.0.0.1:")
+    assert str(said["mesh_address"]).startswith("127.0.0.1:")
+    assert said["mesh_address"] == own_address
