@@ -4,7 +4,7 @@ A plan is a list of jobs. A job makes clusters of one size with one profile, and
 that every measurement begins with the same rested cluster. Jobs share nothing, so several processes work on them. Each
 gives rows: a name, a value, a unit, and the goal if there is one.
 
-    quick   30 and 100 nodes (a few of 1,000 without loss), minutes of bad weather
+    quick   30 and 100 nodes, minutes of bad weather
     full    up to 1,000 nodes, hours of bad weather
 """
 
