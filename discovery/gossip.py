@@ -20,7 +20,7 @@ from random import Random
 from typing import Final
 
 from kvmesh.transport.errors import ProtocolError
-from kvmesh.transport.limits import CONFLICTS_MAX, HEAD_INTERVAL_S, INCARNATION_MAX
+from kvmesh.transport.limits import HEAD_INTERVAL_S, INCARNATION_MAX
 
 from .actions import (
     Action,
@@ -38,7 +38,18 @@ from .actions import (
 from .head import Head
 from .heads import HeadTable, pack_heads, unpack_heads
 from .keying import ID_BYTES, PAYLOAD_PREFIX, KeyManager
-from .membership import Changed, Conflict, Failed, HeadTold, Joined, Left, Member, MembershipEvent, MemberState
+from .membership import (
+    Changed,
+    Conflict,
+    ConflictTable,
+    Failed,
+    HeadTold,
+    Joined,
+    Left,
+    Member,
+    MembershipEvent,
+    MemberState,
+)
 from .messages import Identity
 from .meta import Foreign, Meta, decode_meta
 from .serf import SerfSide, Word, is_serf
@@ -95,7 +106,7 @@ class GossipMembership:
         self._head = head
         self._heads = HeadTable()
         self._serf = SerfSide(identity.name)
-        self._conflicts: dict[tuple[str, str, str], Conflict] = {}
+        self._conflicts = ConflictTable()
         self._events: list[MembershipEvent] = []
         """Of the event that is being handled."""
         self._key_actions: list[Action] = []
@@ -135,7 +146,7 @@ class GossipMembership:
 
     def conflicts(self) -> list[Conflict]:
         """Names that two processes were seen to use."""
-        return list(self._conflicts.values())
+        return self._conflicts.all()
 
     # --- events ---------------------------------------------------------------------------------------------------
 
@@ -244,13 +255,9 @@ class GossipMembership:
 
     def on_conflict(self, node: Node, other: Endpoint, now: float) -> None:
         """Another process uses the name."""
-        address, other_address = text_of(node.endpoint), text_of(other)
-        place = (node.name, address, other_address)
-        if place not in self._conflicts:
-            if len(self._conflicts) >= CONFLICTS_MAX:
-                self._conflicts.pop(next(iter(self._conflicts)))
-            self._conflicts[place] = Conflict(*place)
-            self._events.append(self._conflicts[place])
+        conflict = self._conflicts.add(node.name, text_of(node.endpoint), text_of(other))
+        if conflict is not None:
+            self._events.append(conflict)
 
     def on_user(self, payload: bytes, source: Endpoint, now: float) -> None:
         """A head, a word of a Serf agent, or something of which nothing is known here."""

@@ -18,8 +18,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from kvmesh.transport.limits import CONFLICTS_MAX
+
 from .actions import Action, Event
 from .head import Head
+
+_RTT_SMOOTHING = 0.2
 
 
 class MemberState(enum.StrEnum):
@@ -107,6 +111,32 @@ class Conflict:
 
 
 MembershipEvent = Joined | Changed | Failed | Left | HeadTold | Conflict
+
+
+class ConflictTable:
+    """The names that two processes were seen to use. Bounded: the oldest goes."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[str, str, str], Conflict] = {}
+
+    def add(self, name: str, address: str, other_address: str) -> Conflict | None:
+        """Two addresses of one name. The conflict, when it is news."""
+        place = (name, address, other_address)
+        if place in self._found:
+            return None
+        if len(self._found) >= CONFLICTS_MAX:
+            del self._found[next(iter(self._found))]
+        self._found[place] = Conflict(*place)
+        return self._found[place]
+
+    def all(self) -> list[Conflict]:
+        """The oldest first."""
+        return list(self._found.values())
+
+
+def smoothed_s(before_s: float | None, measured_s: float) -> float:
+    """A smoothed round trip, after one that took `measured_s`."""
+    return measured_s if before_s is None else before_s + _RTT_SMOOTHING * (measured_s - before_s)
 
 
 class Membership(Protocol):

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 from kvmesh.transport.limits import FAILED_FORGOTTEN_S, PEERS_MAX, PEERS_TOLD_MAX
 
 from .head import Head
-from .membership import Member, MemberState
+from .membership import Member, MemberState, smoothed_s
 from .messages import Identity
-
-_RTT_SMOOTHING = 0.2
 
 
 @dataclass(slots=True)
@@ -43,8 +41,7 @@ class Peer:
 
     def measured(self, rtt_s: float) -> None:
         """A round trip took so long."""
-        before = rtt_s if self.rtt_s is None else self.rtt_s
-        self.rtt_s = before + _RTT_SMOOTHING * (rtt_s - before)
+        self.rtt_s = smoothed_s(self.rtt_s, rtt_s)
 
     def member(self) -> Member:
         """As others see it."""

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from random import Random
 
 from kvmesh.transport.limits import (
-    CONFLICTS_MAX,
     NAME_CONFLICT_S,
     PAUSE_S,
     PING_INTERVAL_S,
@@ -34,7 +33,18 @@ from kvmesh.transport.limits import (
 
 from .actions import Action, Answered, Call, Event, Heard, Lost, Notify, Reply, Requested, Started, Stopping, Tag, Wake
 from .head import Head, node_id
-from .membership import Changed, Conflict, Failed, HeadTold, Joined, Left, Member, MembershipEvent, MemberState
+from .membership import (
+    Changed,
+    Conflict,
+    ConflictTable,
+    Failed,
+    HeadTold,
+    Joined,
+    Left,
+    Member,
+    MembershipEvent,
+    MemberState,
+)
 from .messages import Done, Identity, Leave, Ping, Pong
 from .peers import Peer, PeerTable
 from .pinging import Pace, PingSchedule
@@ -75,7 +85,7 @@ class StaticMembership:
         self._head = head
         self._random = random
         self._peers = PeerTable()
-        self._conflicts: dict[tuple[str, str, str], Conflict] = {}
+        self._conflicts = ConflictTable()
         self._schedule = PingSchedule(seeds, identity.address, self._pace, random)
         self._started_at = self._swept_at = 0.0
         self._last_at: float | None = None
@@ -94,7 +104,7 @@ class StaticMembership:
 
     def conflicts(self) -> list[Conflict]:
         """Names that two processes were seen to use."""
-        return list(self._conflicts.values())
+        return self._conflicts.all()
 
     # --- events --------------------------------------------------------------------------------------------------
 
@@ -325,14 +335,11 @@ class StaticMembership:
         return [Left(peer.member())]
 
     def _conflict(self, name: str, address: str, other_address: str) -> list[MembershipEvent]:
-        place = (name, address, other_address)
-        if place in self._conflicts:
+        conflict = self._conflicts.add(name, address, other_address)
+        if conflict is None:
             return []
         self.counters.conflicts += 1
-        if len(self._conflicts) >= CONFLICTS_MAX:
-            self._conflicts.pop(next(iter(self._conflicts)))
-        self._conflicts[place] = Conflict(name, address, other_address)
-        return [self._conflicts[place]]
+        return [conflict]
 
     # --- small things --------------------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@
     base         the table, the rumours, the timers: what these three share
 
 The layer above is an `Application`: it is told of each change at once, from within `handle`. A pause of this process
-(SIGSTOP, a frozen container) shows as a timer that is far too late: then nothing that went
-unanswered meanwhile counts against anybody, and a push/pull says at once what was missed.
+(SIGSTOP, a frozen container) shows as a timer that is far too late: then nothing that went unanswered meanwhile counts
+against anybody, and a push/pull says at once what was missed.
 """
 
 from __future__ import annotations

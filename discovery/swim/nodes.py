@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
 
+from kvmesh.discovery.membership import smoothed_s
 from kvmesh.discovery.wire.messages import Alive, Endpoint, PushedNode, PushedState
 from kvmesh.transport.limits import FAILED_FORGOTTEN_S
 
@@ -16,7 +17,6 @@ from .suspicion import Suspicion
 from .timers import NEVER
 
 ALIVE, SUSPECT, DEAD, LEFT = PushedState.ALIVE, PushedState.SUSPECT, PushedState.DEAD, PushedState.LEFT
-_RTT_SMOOTHING = 0.2
 _CRC_SINCE = 5
 _NACK_SINCE = 4
 
@@ -61,8 +61,7 @@ class Node:
 
     def measured(self, rtt_s: float) -> None:
         """A round trip took so long."""
-        before = rtt_s if self.rtt_s is None else self.rtt_s
-        self.rtt_s = before + _RTT_SMOOTHING * (rtt_s - before)
+        self.rtt_s = smoothed_s(self.rtt_s, rtt_s)
 
     def alive(self) -> Alive:
         """The message that says what is believed."""

@@ -193,17 +193,19 @@ class Prober:
     def _insist(self, node: Node, suspicion: Suspicion, now: float) -> None:
         """Ask the suspect itself, while there is time: its refutation may have been missed here. Others have it, so the
         fewer miss it, the fewer ask."""
-        if node.suspicion is not suspicion or len(self._insisted) >= RELAYS_MAX:
+        if node.suspicion is not suspicion:
             return
         shared = self._shared
         if now < suspicion.half_time:  # it answered meanwhile, and the suspicion began anew
             shared.timers.at(suspicion.half_time, partial(self._insist, node, suspicion))
             return
+        shared.timers.at(now + shared.profile.insist_interval_s, partial(self._insist, node, suspicion))
+        if len(self._insisted) >= RELAYS_MAX:
+            shared.counters.refused += 1
+            return
         number = shared.number()
         self._insisted[number] = (node, suspicion)
         shared.send(node.endpoint, self._ping(number, node.name), Suspect(node.incarnation, node.name, shared.own.name))
-        interval_s = shared.profile.insist_interval_s
-        shared.timers.at(now + interval_s, partial(self._insist, node, suspicion))
         shared.timers.at(now + shared.profile.stream_timeout_s, partial(self._stop_insisting, number))
 
     def _stop_insisting(self, number: int, _now: float) -> None:

@@ -25,7 +25,7 @@ from tests.cluster.views import (
 from tests.support.cluster import Cluster, Process
 from tests.support.hosts import HostCluster
 from tests.support.namespaces import Network, why_not
-from tests.support.waiting import wait_until
+from tests.support.waiting import hold, wait_until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]  # real processes, and faults that last
 needs_network = pytest.mark.skipif(bool(why_not()), reason=f"a network of its own: {why_not()}")
@@ -56,13 +56,14 @@ def start(cluster: HostCluster, names: str) -> list[Process]:
 def watch(agents: Sequence[Process], seconds: float) -> None:
     """For a while, all of them see each other there (a suspicion may come and go)."""
     names = {agent.name for agent in agents}
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
+
+    def all_are_there() -> None:
         for agent in agents:
             seen = states(agent)
             assert set(seen) == names, f"{agent.name} sees {seen}"
             assert set(seen.values()) <= {"alive", "suspect"}, f"{agent.name} sees {seen}"
-        time.sleep(0.1)
+
+    hold(all_are_there, seconds, every_s=0.1)
 
 
 # --- row 2 -----------------------------------------------------------------------------------------------------------
@@ -188,14 +189,16 @@ def test_the_halves_of_a_mesh_go_on_alone_and_agree_after_healing(cluster: HostC
     during = {3: put(agents[1], 3, 4), 4: put(agents[4], 4, 4)}
     wait_until(lambda: get(left[2], 3, 4, DEADLINE_S) == 4, 10, "the left half shares what is new there")
     wait_until(lambda: get(right[2], 4, 4, DEADLINE_S) == 4, 10, "the right half shares what is new there")
-    while time.monotonic() < heals:
+
+    def each_half_serves_itself() -> None:
         for agent, seed, count in ((left[0], 1, 4), (right[2], 2, 4), (left[1], 2, 0), (right[1], 1, 0)):
             began = time.monotonic()
             found = get(agent, seed, 4, DEADLINE_S)
             took_s = time.monotonic() - began
             assert found == count, f"{agent.name} got {found} of chain {seed}"
             assert took_s <= DEADLINE_S + LATE_S, f"{agent.name} waited {took_s:.2f} s"
-        time.sleep(0.2)
+
+    hold(each_half_serves_itself, heals - time.monotonic(), every_s=0.2)
     for half, others in ((left, right), (right, left)):
         seen = {a.name: "alive" for a in half} | {a.name: "failed" for a in others}
         assert [states(agent) for agent in half] == [seen] * 3

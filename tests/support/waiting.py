@@ -1,7 +1,8 @@
 """Waiting in tests: for a condition, with a bound, and with words for what did not come. Never a sleep for luck.
 
-Both functions call `condition` every few milliseconds until it returns something true, and return that.
-An exception of the condition's own is not swallowed: a condition says "not yet" by returning something false.
+The waiting functions call `condition` every few milliseconds until it returns something true, and return that; `hold`
+is for what must not change meanwhile. An exception of the condition's own is not swallowed: a condition says "not yet"
+by returning something false.
 """
 
 from __future__ import annotations
@@ -37,3 +38,11 @@ async def wait_until_async(condition: Callable[[], T | Awaitable[T]], timeout_s:
         if time.monotonic() > ends:
             raise AssertionError(f"waited {timeout_s} s in vain until {what}; last seen: {value!r}")
         await asyncio.sleep(POLL_INTERVAL_S)
+
+
+def hold(check: Callable[[], None], seconds: float, *, every_s: float) -> None:
+    """What must stay so for a while: `check()` asserts it, again and again until the time is over."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        check()
+        time.sleep(every_s)
