@@ -237,13 +237,13 @@ class KeyManager:
         assert self._keyring is not None
         answers = [current.answers[name] for name, _ in current.members]
         if current.checking:
-            known = {key for answer in answers for key in answer.fingerprints} | set(_fingerprints(self._keyring))
-            if current.operation == "remove" and fingerprint(current.key) not in known:
-                self._round = None
-                error = f"no node has the key {fingerprint(current.key)}: nothing was removed; see `kvmesh keys list`"
-                return [_answered(current.token, current.operation, current.key, answers, error)]
-            answers = [_check(answer, current.operation, fingerprint(current.key)) for answer in answers]
+            key, known = fingerprint(current.key), set(_fingerprints(self._keyring))
+            answers = [_check(answer, current.operation, key) for answer in answers]
             if all(answer.status == "ok" for answer in answers):
+                if current.operation == "remove" and key not in known.union(*(one.fingerprints for one in answers)):
+                    self._round = None
+                    error = f"no node has the key {key}: nothing was removed; see `kvmesh keys list`"
+                    return [_answered(current.token, current.operation, current.key, answers, error)]
                 current.checking = False
                 return self._send(current, now)
             self._round = None

@@ -41,6 +41,8 @@ PACKAGES = (
     ("torch", "2.4", True),
     ("pyzmq", "26", True),
     ("msgspec", "0.19", True),
+    ("msgpack", "1.0.8", True),
+    ("cryptography", "43", True),
     ("safetensors", "0.5", True),
     ("transformers", "5.19", False),
 )

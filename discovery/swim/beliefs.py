@@ -46,6 +46,8 @@ class Beliefs:
         self._shared = shared
         self.on_suspicion: Callable[[Node, Suspicion, float], None] = _nothing
         """Called when a suspicion begins."""
+        self.on_namesake: Callable[[float], None] = _nothing
+        """Called when another process has this one's name; or had, and is not found dead yet."""
         self._own = shared.own
         self._counters = shared.counters
 
@@ -121,6 +123,7 @@ class Beliefs:
             if order is None or order >= 0:
                 self._counters.conflicts += 1
                 self._shared.app.on_conflict(own, claim.endpoint, now)
+                self.on_namesake(now)
                 return
         if claim.incarnation < own.incarnation:
             return
@@ -291,7 +294,7 @@ class Beliefs:
             node.meta, node.endpoint, node.versions = pushed.meta, Endpoint(pushed.ip, pushed.port), pushed.versions
 
 
-def _nothing(_node: Node, _suspicion: Suspicion, _now: float) -> None:
+def _nothing(*_: object) -> None:
     pass
 
 

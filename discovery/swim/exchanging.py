@@ -66,6 +66,8 @@ class Exchanger:
         self._reasons: list[str] = []
         """What went wrong in this round of joining."""
         self._retry_s = JOIN_RETRY_S
+        self._repairing = False
+        beliefs.on_namesake = self._repair_soon
         self._was_alone = False
         """When the last round began."""
         self._remembering = False
@@ -158,6 +160,18 @@ class Exchanger:
             profile.push_pull_interval_s, shared.table.there, linear=profile.push_pull_linear
         )
         shared.timers.at(now + interval_s, self._repair)
+
+    def _repair_soon(self, now: float) -> None:
+        """Whoever has this node's name may be its own earlier start, under a clock that was set back since. Once that
+        is found dead, an exchange tells what there is to refute; so one is made again and again, and not only at the
+        next repair."""
+        if not self._repairing:
+            self._repairing = True
+            self._shared.timers.at(now + self._shared.profile.reconnect_interval_s, self._repair_for_name)
+
+    def _repair_for_name(self, now: float) -> None:
+        self._repairing = False
+        self.repair_once(now)
 
     def repair_once(self, now: float) -> None:
         """Exchange everything with one node that is alive."""

@@ -148,6 +148,20 @@ def test_nothing_is_removed_that_a_node_uses():
     assert nodes.keys() == ["no", "on", "no"]
 
 
+def test_a_key_that_no_node_has_is_not_said_to_be_removed():
+    nodes = Nodes((OLD,), (OLD,))
+    result = nodes.ask("remove", NEW)
+    assert result is not None
+    assert not result.is_done
+    assert result.error.startswith(f"no node has the key {fingerprint(NEW)}")
+    nodes.deaf = {"b"}  # it may have the key
+    assert nodes.ask("remove", NEW, now=10.0) is None
+    result = nodes.tick(10.0 + KEYS_ROUND_S)
+    assert result is not None
+    assert "nothing was changed" in result.error
+    assert [node.status for node in result.nodes] == ["silent"]
+
+
 def test_a_silent_node_ends_the_first_round_and_nothing_is_changed():
     nodes = Nodes((OLD, NEW), (OLD, NEW), (OLD, NEW))
     nodes.deaf = {"c"}

@@ -395,3 +395,19 @@ def test_forged_sources_make_it_dial_a_few_only():
     for number in range(2, 1000):
         lone.hear(Ping(1, "n1", *at(number), f"n{number}"), source=at(number))
     assert len(exchanges(lone)) == 2 * JOIN_DIALS_MAX
+
+
+def test_a_node_whose_earlier_start_is_not_found_dead_yet_asks_again_soon():
+    lone = Lone(KVMESH_LAN, others=2)
+    lone.run(1.0, silent=())
+    lone.done.clear()
+    lone.hear(alive("n1", 9, at(50), b"2"))  # its name elsewhere, of a start that seems later
+    lone.hear(alive("n1", 9, at(50), b"2"))
+    lone.run(KVMESH_LAN.reconnect_interval_s + 0.1, silent=())
+    exchange = exchanges(lone)[-1]
+    assert exchange.target in (at(2), at(3))
+    lone.exchanged(exchange, pushed("n1", 9, DEAD, at(50), b"2"))
+    assert lone.swim.own.incarnation == 10
+    assert alive("n1", 10, ME) in [
+        one for packet in of([a for _, a in lone.done], SendPacket) for one in packet.messages
+    ]
