@@ -31,7 +31,22 @@ from kvmesh.transport.limits import (
     SUSPICION_S,
 )
 
-from .actions import Action, Answered, Call, Event, Heard, Lost, Notify, Reply, Requested, Started, Stopping, Tag, Wake
+from .actions import (
+    Action,
+    Answered,
+    Call,
+    Event,
+    Heard,
+    JournalChanged,
+    Lost,
+    Notify,
+    Reply,
+    Requested,
+    Started,
+    Stopping,
+    Tag,
+    Wake,
+)
 from .head import Head, node_id
 from .membership import (
     Changed,
@@ -110,6 +125,8 @@ class StaticMembership:
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take one event. The actions are `Call`, `Reply`, `Notify` and `Wake`."""
+        if isinstance(event, JournalChanged):
+            return []  # each ping carries the head
         if self._last_at is not None and now - self._last_at > PAUSE_S:
             self._resume(now)
         self._last_at = now
