@@ -163,7 +163,8 @@ class Beliefs:
         shared.table.set_state(node, SUSPECT, now)
         shared.rumour(node.name, claim, now)
         nodes = shared.table.there
-        min_s = suspicion_timeout_s(profile.suspicion_mult, nodes, profile.probe_interval_s)
+        scaled_s = suspicion_timeout_s(profile.suspicion_mult, nodes, profile.probe_interval_s)
+        min_s = max(scaled_s, profile.suspicion_min_s)
         node.suspicion = Suspicion(
             claim.accuser,
             wanted=confirmations_wanted(profile.suspicion_mult, nodes),

@@ -29,6 +29,9 @@ class Profile:
     suspicion_mult: int = 4
     """Suspicion lasts this times log10(N) probe intervals: long enough that the suspect hears of it by gossip (whose
     time grows with log N as well), answers, and is heard."""
+    suspicion_min_s: float = 0.0
+    """And at least so long, however small the mesh: log10(N) is 1 for ten nodes and for three, and a process that gets
+    no processor for two seconds is not dead."""
     suspicion_max_timeout_mult: int = 6
     """It lasts this much longer while nobody else confirms it: one node that suspects all others is ill itself."""
     insist_interval_s: float = 0.0
@@ -102,6 +105,7 @@ KVMESH_LAN: Final = replace(
     probe_interval_s=0.5,
     probe_timeout_s=0.25,
     suspicion_mult=3,  # so at 100 nodes a suspicion lasts 3 s, and one other accuser is enough to end it that soon
+    suspicion_min_s=3.0,  # in a smaller mesh, too
     ping_interval_s=0.08,
     insist_interval_s=0.15,
     gossip_interval_s=0.1,

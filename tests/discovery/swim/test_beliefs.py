@@ -6,7 +6,7 @@ import pytest
 
 from kvmesh.discovery.swim.base import Change
 from kvmesh.discovery.swim.events import AnswerPull
-from kvmesh.discovery.swim.profile import LAN, Profile
+from kvmesh.discovery.swim.profile import KVMESH_LAN, LAN, Profile
 from kvmesh.discovery.wire.messages import VERSIONS, Alive, Dead, Message, PushedState, Suspect
 from kvmesh.transport.limits import GOSSIP_NODES_MAX, INCARNATION_MAX
 from tests.discovery.swim.support import (
@@ -435,3 +435,11 @@ def test_the_answer_refutes_already_what_was_said_of_this_node():
 def test_a_node_of_other_versions_among_those_that_are_gone_does_not_matter():
     lone = Lone(others=2)
     assert of(lone.pull(pushed("n9", 1, LEFT, versions=WRONG_VERSIONS)), AnswerPull)
+
+
+def test_in_a_small_mesh_our_profile_gives_a_suspect_as_long_as_in_one_of_a_hundred():
+    lone = Lone(KVMESH_LAN, others=2)
+    lone.hear(accusation("n3", 1, "n2"), accusation("n3", 1, "n1"))
+    suspicion = lone.node("n3").suspicion
+    assert suspicion is not None
+    assert suspicion.deadline - lone.now == pytest.approx(KVMESH_LAN.suspicion_min_s) == pytest.approx(3.0)

@@ -273,8 +273,11 @@ def test_our_profile_asks_a_suspect_again_from_half_of_the_time_on():
     insisted = []
     while lone.now < 106 and lone.node("n3").suspicion is suspicion:
         packets = [packet for packet in of(lone.run(0.05), SendPacket) if packet.target == at(3)]
-        pings = [packet for packet in packets if type(packet.messages[0]) is Ping]  # and not rounds of gossip
-        insisted += [lone.now for one in pings if Suspect(1, "n3", "n1") in one.messages]
+        asked = lone.swim._prober._insisted  # and not rounds of gossip, nor the probe whose turn it is
+        for packet in packets:
+            if isinstance(ping := packet.messages[0], Ping) and ping.seq in asked:
+                assert Suspect(1, "n3", "n1") in packet.messages
+                insisted.append(lone.now)
     assert insisted[0] >= suspicion.half_time
     assert len(insisted) >= 4
 
