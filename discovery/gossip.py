@@ -160,8 +160,8 @@ class GossipMembership:
                 if node is not None and _epoch(node.meta) == epoch:
                     node.seen_at = now
                 return []
-            case JournalChanged() if self._head_due:
-                return []  # it will be told with all that changes until then: a put costs nothing here
+            case JournalChanged() if self._head_timer:
+                return []  # it tells all that changes until then: a put costs nothing here
             case JournalChanged() | Started():
                 self._head_due = True
             case Stopping() if self._foreign_seen:

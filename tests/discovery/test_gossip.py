@@ -306,6 +306,18 @@ def test_the_interval_ends_when_its_timer_says_so(now: float):
     assert side.membership.counters.heads_told == 2
 
 
+def test_a_head_that_is_there_only_after_the_start_is_told_at_once():
+    side = Side(journal=False)
+    side.hear(alive())
+    side.run(5.0)
+    late = Head(node_id("a"), 5_000_000, 1, 1, 1)
+    side.membership._head = lambda: late
+    side.feed(JournalChanged())
+    assert side.membership.counters.heads_told == 1
+    side.run(0.1)
+    assert late in side.heads_gossiped()
+
+
 def test_whoever_has_no_journal_tells_no_head():
     side = Side(journal=False)
     side.hear(alive())
