@@ -36,6 +36,7 @@ from kvmesh.spaces import describe, differences
 from kvmesh.store import Chunk, Store
 from kvmesh.transport import open_zmq
 from kvmesh.transport.errors import SettingsError
+from kvmesh.transport.interface import Region
 from kvmesh.transport.limits import EXPIRY_SWEEP_S, GIB
 
 TIER = "ram"
@@ -132,6 +133,11 @@ class Lender:
         self._store = store
         self._arena = arena
 
+    @property
+    def region(self) -> Region:
+        """See `kvmesh.transport.interface.ChunkSource`."""
+        return Region(self._arena.fileno(), self._arena.address, self._arena.size_bytes)
+
     def lend(self, key: bytes) -> Loan | None:
         """See `kvmesh.transport.interface.ChunkSource`."""
         loan = Loan(self._store)
@@ -141,6 +147,7 @@ class Lender:
             self._store.drop_owner(loan)
             return None
         loan.buffer = self._arena.view(chunk.offset, chunk.size_bytes)
+        loan.offset = chunk.offset
         loan.checksum = chunk.checksum
         return loan
 
@@ -149,6 +156,7 @@ class Loan:
     """One lent chunk: an owner in the store, gone when released."""
 
     buffer: memoryview
+    offset: int
     checksum: int
 
     def __init__(self, store: Store) -> None:

@@ -9,6 +9,7 @@ The rules of a read:
 1. Each wanted chunk has exactly one landing, in any order, unless the read ends first (deadline, close, lost peer):
    what has not landed by then is a miss. A read never raises for what a peer does.
 2. `Outcome.LANDED` means: all bytes are in `Want.into`, and their checksum equals the one that the holder took at put.
+   Of a part, the holder verifies the whole chunk against the checksum of its put before it takes the part's.
 3. `Want.into` may be written until `Reading.close()` has returned, whatever the outcome. Until then the buffer is
    quarantined: the caller must not give it to anyone else.
 4. A holder sends no more than the reader's credit allows, so a slow reader costs the holder leases, never memory.
@@ -24,12 +25,27 @@ from dataclasses import dataclass
 from typing import Protocol
 
 
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A node's arena, as a transport that moves bytes without the holder's help needs it."""
+
+    fd: int
+    """The memfd. It stays open, and its owner's, for as long as the transport is."""
+    address: int
+    """Where it is mapped in this process, writable."""
+    size_bytes: int
+
+
 class Loan(Protocol):
     """A chunk lent to the transport: its bytes stay as they are until `release`."""
 
     @property
     def buffer(self) -> memoryview:
         """The chunk's bytes, in the arena."""
+
+    @property
+    def offset(self) -> int:
+        """Where in the arena they begin."""
 
     @property
     def checksum(self) -> int:
@@ -41,6 +57,10 @@ class Loan(Protocol):
 
 class ChunkSource(Protocol):
     """Where a transport finds the chunks that peers read."""
+
+    @property
+    def region(self) -> Region | None:
+        """The arena that all loans lie in; None when there is none that another process could map."""
 
     def lend(self, key: bytes) -> Loan | None:
         """The chunk `key`, kept from eviction until released; None when this node does not hold it. Called on the
@@ -64,12 +84,46 @@ class Outcome(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Slice:
+    """A regular part of a chunk: `count` runs of `run_bytes`, the first at `offset_bytes`, a run each `stride_bytes`.
+
+    A byte range is one run. A range of layers of ``[layers, 2, heads, tokens, head_dim]`` is one run; a range of heads
+    is a run for each layer's K and V. What is read are the runs, one after the other, without the gaps.
+    """
+
+    offset_bytes: int
+    run_bytes: int
+    stride_bytes: int = 0
+    """From the start of a run to the start of the next; at least `run_bytes`. Means nothing for one run."""
+    count: int = 1
+
+    @property
+    def bytes(self) -> int:
+        """What the runs have together."""
+        return self.run_bytes * self.count
+
+    @property
+    def end(self) -> int:
+        """Where the last run ends: a chunk that has the slice is at least so long."""
+        return self.offset_bytes + self.stride_bytes * (self.count - 1) + self.run_bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Want:
-    """One chunk to read."""
+    """One chunk to read, or a part of one. Wants of one chunk stand next to each other: it is verified once then."""
 
     key: bytes
     into: memoryview
-    """Writable, contiguous, and of exactly the chunk's size."""
+    """Writable, contiguous, and of exactly the chunk's size, or the part's."""
+    part: Slice | None = None
+    """None: the whole chunk."""
+    chunk_bytes: int = 0
+    """The size of the whole chunk, where only a part is read."""
+
+    @property
+    def whole_bytes(self) -> int:
+        """The size that the holder's chunk must have."""
+        return self.chunk_bytes if self.part is not None else self.into.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +133,7 @@ class Landing:
     index: int
     outcome: Outcome
     checksum: int
-    """XXH3-64 as the holder has it; 0 when there is none."""
+    """XXH3-64 of what was read, as the holder has it; 0 when there is none."""
 
 
 class Reading(Protocol):

@@ -11,7 +11,7 @@ import numpy as np
 import zmq
 
 from kvmesh.transport.checksum import checksum
-from kvmesh.transport.interface import CallHandler, Landing, Outcome, Reading, Transport, Want
+from kvmesh.transport.interface import CallHandler, Landing, Outcome, Reading, Region, Transport, Want
 from kvmesh.transport.memory import MemoryNetwork
 from kvmesh.transport.zmq import open_zmq
 
@@ -33,6 +33,7 @@ class CountedLoan:
     buffer: memoryview
     checksum: int
     out: bool = True
+    offset: int = 0
 
     def release(self) -> None:
         self.source.out -= self.out
@@ -50,6 +51,7 @@ class Chunks:
     lent: int = 0
     peak_out: int = 0
     on_lend: asyncio.Event = field(default_factory=asyncio.Event)
+    region: Region | None = None
 
     def add(self, number: int, content: bytes) -> None:
         self.held[key(number)] = bytearray(content)
