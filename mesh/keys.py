@@ -7,6 +7,8 @@ A key is the keyed BLAKE2b-256 of (namespace, parent key, tokens):
     key[0]      = BLAKE2b-256(namespace | 32 zero bytes | tokens[0:n], key=tenant_key, person="kvmesh-chunk")
     key[i]      = BLAKE2b-256(namespace | key[i-1]      | tokens[i*n:(i+1)*n], key=tenant_key, person="kvmesh-chunk")
 
+    part        = BLAKE2b-256(key | offset | run | stride | count, person="kvmesh-part")      a slice of a chunk, as a chunk
+
 where n is `chunk_tokens` and tokens are little-endian uint32. The canonical bytes of a namespace are a row of texts in
 UTF-8, each with its length as a little-endian uint32 in front, so no two different namespaces have the same bytes:
 
@@ -14,6 +16,7 @@ UTF-8, each with its length as a little-endian uint32 in front, so no two differ
     name, value       for model, revision, dtype, layers, kv_heads, head_dim, layout, chunk_tokens, shard ("rank/size")
     "tensor", name, dtype, shape ("4x2x8")       for each tensor, ordered by name
 
+The four numbers of a slice are little-endian uint64, in bytes; the stride of a single run is 0.
 Test vectors: tests/mesh/test_keys.py.
 
 A wrong byte in a cache is worse than a miss, so whatever changes the content of the tensors must be a field here: a new
@@ -49,6 +52,8 @@ from kvmesh.transport.limits import (
 
 if TYPE_CHECKING:
     import torch
+
+    from kvmesh.transport.interface import Slice
 
     Tokens = Sequence[int] | np.ndarray[Any, Any] | torch.Tensor
 
@@ -218,6 +223,13 @@ class Namespace:
             parent = state.digest()
             keys.append(parent)
         return keys
+
+
+def part_key(key: bytes, part: Slice) -> bytes:
+    """What names the slice `part` of the chunk `key` where it lies by itself in an arena."""
+    stride_bytes = part.stride_bytes if part.count > 1 else 0
+    numbers = struct.pack("<4Q", part.offset_bytes, part.run_bytes, stride_bytes, part.count)
+    return hashlib.blake2b(key + numbers, digest_size=KEY_BYTES, person=b"kvmesh-part").digest()
 
 
 def token_bytes(token_ids: Tokens) -> memoryview:

@@ -10,6 +10,7 @@ leased and released any number of times) → *evicted*. The rules:
 | leased | no | yes |
 | pinned | no, until unpinned or deleted | yes |
 | doomed: deleted or expired while leased | at its last release | only by those who hold a lease |
+| quarantined: its bytes are wrong | never: its extent stays out of use, up to a bound | no |
 
 *Owners* are whatever takes leases and reservations: one connection of a client, one read of a peer. When an owner goes,
 all that it had goes back at once. A reservation that does not fit is refused before anything is evicted for it.
@@ -21,11 +22,12 @@ never touches the bytes. Runs on the agent's loop.
 from __future__ import annotations
 
 import enum
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from kvmesh.extents import Extents, aligned, largest_gap
+from kvmesh.transport.limits import QUARANTINE_SHARE
 
 Owner = Hashable
 
@@ -55,11 +57,13 @@ class Chunk:
     """On the monotonic clock; None for never."""
     leases: int = 0
     doomed: bool = False
+    corrupt: bool = False
+    """Its bytes do not match its checksum."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """What a store has and did. The last four count since its start."""
+    """What a store has and did. The last five count since its start."""
 
     capacity_bytes: int
     used_bytes: int
@@ -71,17 +75,20 @@ class StoreStats:
     """Counted: one chunk that two readers have is two."""
     pinned_chunks: int
     reserved_chunks: int
+    quarantined_bytes: int
+    """In extents that are out of use, because a chunk's bytes changed there."""
     admitted: int
     evicted: int
     """For room. Deleted and expired chunks count as removed."""
     removed: int
     refused: int
     """Reservations that found no room."""
+    corrupt: int
+    """Chunks that were taken out because their bytes did not match their checksum any more."""
 
 
 @dataclass(slots=True)
 class _Reservation:
-    owner: Owner
     space_id: bytes
     offset: int
     size_bytes: int
@@ -97,13 +104,20 @@ class Store:
         self._chunks: OrderedDict[bytes, Chunk] = OrderedDict()  # least recently used first
         self._expiring: dict[bytes, Chunk] = {}  # of those, the ones that have a time
         self._doomed: dict[bytes, list[Chunk]] = {}
-        self._reserved: dict[bytes, _Reservation] = {}
+        self._reserved: dict[tuple[bytes, Owner], _Reservation] = {}
+        self._writers: Counter[bytes] = Counter()  # of those, how many a key has
+        self._quarantined: deque[Chunk] = deque()
         self._owners: dict[Owner, _Belongings] = {}
         self._on_admit = on_admit
         self._on_evict = on_evict
         self._kept: dict[int, int] = {}  # offset -> size of what eviction may not take: leased or pinned
         self._chunk_bytes = 0
         self._counts: Counter[str] = Counter()
+
+    @property
+    def capacity_bytes(self) -> int:
+        """The arena's size, in whole pages."""
+        return self._extents.capacity_bytes
 
     # --- owners ----------------------------------------------------------------------------------------------------
     def add_owner(self, owner: Owner) -> None:
@@ -116,33 +130,41 @@ class Store:
         belongings = self._owners.pop(owner, None)
         if belongings is None:
             return
-        for key in belongings.reserved:
-            self._extents.free(self._reserved.pop(key).offset)
+        for key in list(belongings.reserved):
+            self._extents.free(self._unreserve(owner, key, belongings).offset)
         for chunk, count in belongings.leases.values():
             self._return_leases(chunk, count)
 
     # --- writing ---------------------------------------------------------------------------------------------------
-    def reserve(self, owner: Owner, key: bytes, space_id: bytes, size_bytes: int) -> int:
-        """The offset of an extent that `owner` may write, or a `Refusal`. Evicts what it must."""
+    def reserve(self, owner: Owner, key: bytes, space_id: bytes, size_bytes: int, *, beside: bool = False) -> int:
+        """The offset of an extent that `owner` may write, or a `Refusal`. Evicts what it must.
+
+        `beside` others who write the chunk `key` as well, each an extent of its own: the first commit counts.
+        """
         belongings = self._owners.get(owner)
         if key in self._chunks:
             return Refusal.EXISTS
-        if key in self._reserved:
+        if (key, owner) in self._reserved or (key in self._writers and not beside):
             return Refusal.BUSY
         offset = self._make_room(size_bytes) if belongings is not None else None
         if belongings is None or offset is None:
             self._counts["refused"] += 1
             return Refusal.FULL
-        self._reserved[key] = _Reservation(owner, space_id, offset, size_bytes)
+        self._reserved[key, owner] = _Reservation(space_id, offset, size_bytes)
+        self._writers[key] += 1
         belongings.reserved.add(key)
         return offset
 
     def commit(
         self, owner: Owner, key: bytes, checksum: int, *, pinned: bool = False, expires_s: float | None = None
     ) -> Chunk | None:
-        """The reserved chunk `key` is written: from now on it is held. None when `owner` has no such reservation."""
+        """The reserved chunk `key` is written: from now on it is held. None when `owner` has no such reservation, or
+        somebody beside it was first: then its extent is free again."""
         reservation = self._take_reservation(owner, key)
         if reservation is None:
+            return None
+        if key in self._chunks:
+            self._extents.free(reservation.offset)
             return None
         chunk = Chunk(
             key, reservation.space_id, reservation.offset, reservation.size_bytes, checksum, pinned, expires_s
@@ -239,6 +261,16 @@ class Store:
             self._remove(chunk)
         return chunk is not None
 
+    def quarantine(self, chunk: Chunk) -> bool:
+        """The bytes of `chunk` have changed: nobody gets it any more, and its extent stays out of use. False when it is
+        not held any more."""
+        if self._chunks.get(chunk.key) is not chunk:
+            return False
+        chunk.corrupt = True
+        self._counts["corrupt"] += 1
+        self._remove(chunk)
+        return True
+
     def sweep(self, now: float) -> int:
         """Remove the chunks whose time is over. Returns how many."""
         over = [c for c in self._expiring.values() if c.expires_s is not None and c.expires_s <= now]
@@ -258,20 +290,26 @@ class Store:
             leases=sum(chunk.leases for chunk in held),
             pinned_chunks=sum(1 for chunk in held if chunk.pinned),
             reserved_chunks=len(self._reserved),
+            quarantined_bytes=sum(aligned(chunk.size_bytes) for chunk in self._quarantined),
             admitted=self._counts["admitted"],
             evicted=self._counts["evicted"],
             removed=self._counts["removed"],
             refused=self._counts["refused"],
+            corrupt=self._counts["corrupt"],
         )
 
     # --- inside ----------------------------------------------------------------------------------------------------
     def _take_reservation(self, owner: Owner, key: bytes) -> _Reservation | None:
-        reservation = self._reserved.get(key)
-        if reservation is None or reservation.owner != owner:
+        if (key, owner) not in self._reserved:
             return None
-        del self._reserved[key]
-        self._owners[owner].reserved.discard(key)
-        return reservation
+        return self._unreserve(owner, key, self._owners[owner])
+
+    def _unreserve(self, owner: Owner, key: bytes, belongings: _Belongings) -> _Reservation:
+        belongings.reserved.discard(key)
+        self._writers[key] -= 1
+        if not self._writers[key]:
+            del self._writers[key]
+        return self._reserved.pop((key, owner))
 
     def _make_room(self, size_bytes: int) -> int | None:
         offset = self._extents.allocate(size_bytes)
@@ -291,8 +329,8 @@ class Store:
 
     def _least_recently_used(self) -> Chunk | None:
         """The chunk to evict next. Those that may not go count as just used, so none is passed over twice in a row."""
-        doomed = sum(map(len, self._doomed.values()))
-        for _ in range(len(self._chunks) if len(self._kept) - doomed < len(self._chunks) else 0):
+        gone = sum(map(len, self._doomed.values())) + len(self._quarantined)  # kept, and no chunk that could be evicted
+        for _ in range(len(self._chunks) if len(self._kept) - gone < len(self._chunks) else 0):
             chunk = next(iter(self._chunks.values()))
             if chunk.offset not in self._kept:
                 return chunk
@@ -307,8 +345,20 @@ class Store:
             chunk.doomed = True
             self._doomed.setdefault(chunk.key, []).append(chunk)
         else:
-            self._kept.pop(chunk.offset, None)
+            self._clear(chunk)
+
+    def _clear(self, chunk: Chunk) -> None:
+        """The extent of a chunk that is gone: free for others, unless its bytes went wrong there."""
+        self._kept.pop(chunk.offset, None)
+        if not chunk.corrupt:
             self._extents.free(chunk.offset)
+            return
+        self._kept[chunk.offset] = chunk.size_bytes
+        self._quarantined.append(chunk)
+        while sum(aligned(old.size_bytes) for old in self._quarantined) * QUARANTINE_SHARE > self.capacity_bytes:
+            oldest = self._quarantined.popleft()
+            del self._kept[oldest.offset]
+            self._extents.free(oldest.offset)
 
     def _forget(self, chunk: Chunk) -> None:
         del self._chunks[chunk.key]
@@ -327,7 +377,7 @@ class Store:
             siblings.remove(chunk)
             if not siblings:
                 del self._doomed[chunk.key]
-            self._extents.free(chunk.offset)
+            self._clear(chunk)
 
     def _update_kept(self, chunk: Chunk) -> None:
         if chunk.pinned or chunk.leases:

@@ -66,6 +66,10 @@ class ChunkSource(Protocol):
         """The chunk `key`, kept from eviction until released; None when this node does not hold it. Called on the
         loop."""
 
+    def suspect(self, key: bytes) -> None:
+        """The bytes of `key` do not match their checksum, or a reader says so. The source verifies its copy in its own
+        time, and takes it out when it is wrong. Called on the loop, returns at once."""
+
 
 CallHandler = Callable[[bytes], Awaitable[bytes]]
 """Answers one control message. It may wait (a long poll). An exception of its own answers the caller with an error."""
@@ -186,6 +190,9 @@ class Transport(Protocol):
 
     def read(self, address: str, wants: Sequence[Want], *, deadline_s: float) -> Reading:
         """Start to read chunks from the holder at `address`; `deadline_s` counts from now."""
+
+    def backend(self, address: str) -> str:
+        """By which backend a read from `address` would go, as far as it is known now: a key for what was measured."""
 
     def stats(self) -> TransportStats:
         """A copy of the counters."""

@@ -34,6 +34,9 @@ NAMESPACE_BYTES_MAX: Final = 64 * KIB
 EXTENT_ALIGNMENT_BYTES: Final = 4096
 """A page: an extent can be registered with a NIC, read with O_DIRECT, and given back to the kernel on its own."""
 ARENA_BYTES_DEFAULT: Final = 4 * GIB
+QUARANTINE_SHARE: Final = 16
+"""Extents whose chunks were found corrupt stay out of use, up to this part of the arena: memory that flipped a bit once
+is not trusted again soon."""
 
 # --- agent and client ------------------------------------------------------------------------------------------------
 AGENT_FRAME_BYTES_MAX: Final = 4 * MIB

@@ -201,6 +201,10 @@ class MemoryTransport:
         self.counters.not_held += loan is None
         return loan
 
+    def backend(self, address: str) -> str:
+        """As `Transport.backend`."""
+        return "memory"
+
     def stats(self) -> TransportStats:
         """As `Transport.stats`."""
         return total([self.counters])

@@ -65,6 +65,10 @@ class ZmqTransport:
         check_wants(wants)
         return ZmqReading(self._bulk, address, wants, deadline_s)
 
+    def backend(self, address: str) -> str:
+        """As `Transport.backend`."""
+        return "zmq"
+
     def stats(self) -> TransportStats:
         """As `Transport.stats`."""
         return total([self._on_loop, self._in_thread])

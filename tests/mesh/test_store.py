@@ -205,6 +205,77 @@ def test_what_was_told_adds_up_to_what_is_held(numbers: list[int]) -> None:
     assert sorted(told) == r.held()
 
 
+# --- two writers of one chunk, and bytes that changed -----------------------------------------------------------------
+def test_a_second_writer_beside_the_first_has_an_extent_of_its_own_and_the_first_commit_counts() -> None:
+    r = Recorder(4)
+    mine = r.store.reserve("me", key(1), SPACE, PAGE)
+    theirs = r.store.reserve("you", key(1), SPACE, PAGE, beside=True)
+    assert (mine, theirs) == (0, PAGE)
+    assert r.store.reserve("you", key(1), SPACE, PAGE, beside=True) == Refusal.BUSY
+    chunk = r.store.commit("you", key(1), 7)
+    assert chunk is not None
+    assert chunk.offset == theirs
+    assert r.store.commit("me", key(1), 8) is None
+    assert r.store.get(key(1)) is chunk
+    assert r.store.stats().reserved_chunks == 0
+    assert r.store.stats().used_bytes == PAGE
+    assert r.told == [("admit", 1)]
+
+
+def test_a_writer_that_goes_leaves_the_one_beside_it_alone() -> None:
+    r = Recorder(4)
+    r.store.reserve("me", key(1), SPACE, PAGE)
+    r.store.reserve("you", key(1), SPACE, PAGE, beside=True)
+    r.store.drop_owner("me")
+    assert r.store.stats().reserved_chunks == 1
+    r.store.add_owner("me")
+    assert r.store.reserve("me", key(1), SPACE, PAGE) == Refusal.BUSY
+    assert r.store.commit("you", key(1), 7) is not None
+
+
+def test_a_chunk_whose_bytes_changed_is_held_no_more_and_its_extent_is_not_used_again() -> None:
+    r = Recorder(32)
+    r.put(1)
+    wrong = r.store.get(key(1))
+    assert wrong is not None
+    assert r.store.quarantine(wrong)
+    assert not r.store.quarantine(wrong)
+    assert r.told == [("admit", 1), ("evict", 1)]
+    assert r.store.lease("you", key(1), 0.0) is None
+    for number in range(2, 40):
+        assert r.put(number) != wrong.offset
+    stats = r.store.stats()
+    assert (stats.corrupt, stats.quarantined_bytes) == (1, PAGE)
+    r.store.delete(key(39))
+    assert r.store.stats().used_bytes == 31 * PAGE
+
+
+def test_a_quarantined_chunk_that_is_leased_goes_out_of_use_at_its_last_release() -> None:
+    r = Recorder(32)
+    r.put(1)
+    wrong = r.store.lease("you", key(1), 0.0)
+    assert wrong is not None
+    r.store.quarantine(wrong)
+    assert r.store.stats().quarantined_bytes == 0
+    r.store.drop_owner("you")
+    assert r.store.stats().quarantined_bytes == PAGE
+    assert r.put(1) != wrong.offset
+
+
+def test_only_a_part_of_the_arena_stays_in_quarantine() -> None:
+    r = Recorder(32)
+    offsets = []
+    for number in range(1, 4):
+        offsets.append(r.put(number))
+        chunk = r.store.get(key(number))
+        assert chunk is not None
+        r.store.quarantine(chunk)
+    assert r.store.stats().quarantined_bytes == 2 * PAGE
+    assert r.put(9) == offsets[0]
+    assert r.put(10, pages=29) >= 0
+    assert r.store.stats().used_bytes == 32 * PAGE
+
+
 class StoreMachine(RuleBasedStateMachine):
     """Any order of everything: leased bytes never move, room is never lost."""
 
@@ -212,7 +283,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.recorder = Recorder(6)
+        self.recorder = Recorder(16)  # one page may stay in quarantine
         self.store = self.recorder.store
         self.leases: dict[str, list[Chunk]] = {}
         self.names = itertools.count()
@@ -229,9 +300,15 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.drop_owner(owner)
         self.leases.pop(owner, None)
 
-    @rule(owner=owners, number=st.integers(0, 9), pages=st.integers(1, 3))
-    def reserve(self, owner: str, number: int, pages: int) -> None:
-        self.store.reserve(owner, key(number), SPACE, pages * PAGE)
+    @rule(owner=owners, number=st.integers(0, 9), pages=st.sampled_from([1, 1, 3, 8]), beside=st.booleans())
+    def reserve(self, owner: str, number: int, pages: int, beside: bool) -> None:
+        self.store.reserve(owner, key(number), SPACE, pages * PAGE, beside=beside)
+
+    @rule(number=st.integers(0, 9))
+    def quarantine(self, number: int) -> None:
+        chunk = self.store.get(key(number))
+        if chunk is not None:
+            self.store.quarantine(chunk)
 
     @rule(owner=owners, number=st.integers(0, 9), pinned=st.booleans())
     def commit(self, owner: str, number: int, pinned: bool) -> None:
@@ -276,7 +353,9 @@ class StoreMachine(RuleBasedStateMachine):
             self.store.drop_owner(owner)
         for number in range(10):
             self.store.delete(key(number))
-        assert self.store.stats().used_bytes == 0
+        stats = self.store.stats()
+        assert stats.used_bytes == stats.quarantined_bytes <= PAGE
+        assert stats.reserved_chunks == 0
 
 
 TestStoreMachine = StoreMachine.TestCase

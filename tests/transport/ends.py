@@ -52,6 +52,7 @@ class Chunks:
     peak_out: int = 0
     on_lend: asyncio.Event = field(default_factory=asyncio.Event)
     region: Region | None = None
+    suspected: list[bytes] = field(default_factory=list)
 
     def add(self, number: int, content: bytes) -> None:
         self.held[key(number)] = bytearray(content)
@@ -60,6 +61,9 @@ class Chunks:
     def fill(self, count: int, size_bytes: int) -> None:
         for number in range(count):
             self.add(number, pattern(number, size_bytes))
+
+    def suspect(self, key: bytes) -> None:
+        self.suspected.append(key)
 
     def lend(self, key: bytes) -> CountedLoan | None:
         self.on_lend.set()
