@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from kvmesh.client import Mesh, PutResult, connect
     from kvmesh.hit import Hit
     from kvmesh.keys import Namespace, TensorSpec
+    from kvmesh.parts import Part
     from kvmesh.transport.errors import (
         AgentUnavailableError,
         CallerError,
         ChunkTooLargeError,
+        CorruptChunkError,
         KVMeshError,
         LeaseError,
         NamespaceError,
@@ -38,10 +40,11 @@ _HOMES = {
     "kvmesh.client": ("Mesh", "PutResult", "connect"),
     "kvmesh.hit": ("Hit",),
     "kvmesh.keys": ("Namespace", "TensorSpec"),
+    "kvmesh.parts": ("Part",),
     "kvmesh.transport.errors": (
-        "AgentUnavailableError", "CallerError", "ChunkTooLargeError", "KVMeshError", "LeaseError", "NamespaceError",
-        "PeerError", "ProtocolError", "SettingsError", "TensorError", "UnreachableError", "UnsupportedModelError",
-        "VersionMismatchError",
+        "AgentUnavailableError", "CallerError", "ChunkTooLargeError", "CorruptChunkError", "KVMeshError", "LeaseError",
+        "NamespaceError", "PeerError", "ProtocolError", "SettingsError", "TensorError", "UnreachableError",
+        "UnsupportedModelError", "VersionMismatchError",
     ),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -51,12 +54,14 @@ __all__ = [
     "AgentUnavailableError",
     "CallerError",
     "ChunkTooLargeError",
+    "CorruptChunkError",
     "Hit",
     "KVMeshError",
     "LeaseError",
     "Mesh",
     "Namespace",
     "NamespaceError",
+    "Part",
     "PeerError",
     "ProtocolError",
     "PutResult",

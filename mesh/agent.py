@@ -27,7 +27,10 @@ from kvmesh.discovery import Journal, MemberState
 from kvmesh.extents import aligned
 from kvmesh.fetch import Fetcher
 from kvmesh.host import host_facts
+from kvmesh.inspection import Inspector
 from kvmesh.keys import Namespace
+from kvmesh.leases import Grants
+from kvmesh.lender import Lender
 from kvmesh.listening import Listener
 from kvmesh.node import Node, OpenTransport, Ready, epoch_now, live, open_node
 from kvmesh.sessions import Desk
@@ -36,7 +39,6 @@ from kvmesh.spaces import describe, differences
 from kvmesh.store import Chunk, Store
 from kvmesh.transport import open_zmq
 from kvmesh.transport.errors import SettingsError
-from kvmesh.transport.interface import Region
 from kvmesh.transport.limits import EXPIRY_SWEEP_S, GIB
 
 TIER = "ram"
@@ -52,7 +54,8 @@ class Agent:
         self.epoch = epoch_now()
         self.journal = Journal(settings.name, self.epoch)
         self.store = Store(arena.size_bytes, on_admit=self._admitted, on_evict=self._evicted)
-        self.lender = Lender(self.store, arena)
+        self.inspector = Inspector(self.store, arena)
+        self.grants = Grants(self.store)
         self.node: Node
         self.fetcher: Fetcher
         self.listener: Listener
@@ -68,13 +71,16 @@ class Agent:
             "epoch": self.epoch,
             "clients": self.listener.clients,
             "store": asdict(self.store.stats()),
+            "leases": {"open": len(self.grants), "expired": self.grants.expired},
+            "inspection": dict(self.inspector.counts),
             "fetch": dict(self.fetcher.counts),
         }
 
     async def open(self, stack: AsyncExitStack) -> None:
         """Listen to peers and to clients, and join the mesh."""
+        lender = Lender(self.store, self.arena, self.inspector)
         self.node = await open_node(
-            stack, self.settings, "agent", self.lender, self.journal, self.epoch, self.stats, self._open_transport
+            stack, self.settings, "agent", lender, self.journal, self.epoch, self.stats, self._open_transport
         )
         self.fetcher = Fetcher(
             self.store,
@@ -85,12 +91,15 @@ class Agent:
             node=self.settings.name,
             shuffle=random.shuffle,
         )
+        stack.push_async_callback(self.inspector.close)
         stack.push_async_callback(self.fetcher.close)
         desk = Desk(
             node=self.settings.name,
             epoch=self.epoch,
             arena=self.arena,
             store=self.store,
+            grants=self.grants,
+            inspector=self.inspector,
             fetcher=self.fetcher,
             queries=self.node.queries,
             on_space=self._opened,
@@ -103,17 +112,20 @@ class Agent:
         self.listener.start()
 
     async def sweep(self) -> None:
-        """Remove expired chunks, for ever."""
+        """Remove expired chunks, and take expired leases back, for ever."""
         while True:
             await asyncio.sleep(EXPIRY_SWEEP_S)
+            self.grants.expire(time.monotonic())
             self.store.sweep(time.monotonic())
 
     # --- inside ----------------------------------------------------------------------------------------------------
     def _admitted(self, chunk: Chunk) -> None:
-        self.journal.admit(chunk.key, chunk.space_id, chunk.size_bytes, TIER)
+        if not chunk.private:
+            self.journal.admit(chunk.key, chunk.space_id, chunk.size_bytes, TIER)
 
     def _evicted(self, chunk: Chunk) -> None:
-        self.journal.evict(chunk.key, TIER)
+        if not chunk.private:
+            self.journal.evict(chunk.key, TIER)
 
     def _opened(self, space: Namespace) -> list[str]:
         self.journal.describe(space.digest[:16], msgspec.json.encode(describe(space)))
@@ -123,50 +135,6 @@ class Agent:
     def _address_of(self, name: str) -> str | None:
         member = self.node.discovery.member(name)
         return member.address if member is not None and member.state is MemberState.ALIVE else None
-
-
-class Lender:
-    """Lends chunks of the store to the transport, for peers to read. Runs on the loop; loans come back from any
-    thread."""
-
-    def __init__(self, store: Store, arena: Arena) -> None:
-        self._store = store
-        self._arena = arena
-
-    @property
-    def region(self) -> Region:
-        """See `kvmesh.transport.interface.ChunkSource`."""
-        return Region(self._arena.fileno(), self._arena.address, self._arena.size_bytes)
-
-    def lend(self, key: bytes) -> Loan | None:
-        """See `kvmesh.transport.interface.ChunkSource`."""
-        loan = Loan(self._store)
-        self._store.add_owner(loan)
-        chunk = self._store.lease(loan, key, time.monotonic())
-        if chunk is None:
-            self._store.drop_owner(loan)
-            return None
-        loan.buffer = self._arena.view(chunk.offset, chunk.size_bytes)
-        loan.offset = chunk.offset
-        loan.checksum = chunk.checksum
-        return loan
-
-
-class Loan:
-    """One lent chunk: an owner in the store, gone when released."""
-
-    buffer: memoryview
-    offset: int
-    checksum: int
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._loop = asyncio.get_running_loop()
-
-    def release(self) -> None:
-        """Give the chunk back, from any thread."""
-        with contextlib.suppress(RuntimeError):  # the loop is closed: so is the store
-            self._loop.call_soon_threadsafe(self._store.drop_owner, self)
 
 
 def run(settings: AgentSettings, on_ready: Ready) -> None:

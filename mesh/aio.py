@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from kvmesh import client
 from kvmesh.hit import Hit
 from kvmesh.keys import Namespace
+from kvmesh.parts import Part
 from kvmesh.transport.limits import (
     AGENT_HELLO_TIMEOUT_S,
     CLIENT_CONNECTIONS_MAX,
     GET_DEADLINE_DEFAULT_S,
+    LEASE_S_DEFAULT,
     PREFETCH_DEADLINE_DEFAULT_S,
 )
 
@@ -36,13 +38,16 @@ T = TypeVar("T")
 
 
 async def connect(
-    socket: str | os.PathLike[str] | None = None, *, timeout_s: float = AGENT_HELLO_TIMEOUT_S
+    socket: str | os.PathLike[str] | None = None,
+    *,
+    timeout_s: float = AGENT_HELLO_TIMEOUT_S,
+    lease_s: float = LEASE_S_DEFAULT,
 ) -> AsyncMesh:
     """As `kvmesh.connect`."""
     threads = ThreadPoolExecutor(CLIENT_CONNECTIONS_MAX, thread_name_prefix="kvmesh-client")
     try:
         mesh = await asyncio.get_running_loop().run_in_executor(
-            threads, functools.partial(client.connect, socket, timeout_s=timeout_s)
+            threads, functools.partial(client.connect, socket, timeout_s=timeout_s, lease_s=lease_s)
         )
     except BaseException:
         threads.shutdown(wait=False)
@@ -66,12 +71,26 @@ class AsyncMesh:
 
     @asynccontextmanager
     async def get(
-        self, space: Namespace, chain: Sequence[bytes], *, deadline_s: float = GET_DEADLINE_DEFAULT_S
+        self,
+        space: Namespace,
+        chain: Sequence[bytes],
+        *,
+        deadline_s: float = GET_DEADLINE_DEFAULT_S,
+        part: Part | None = None,
+        prefill_tokens_per_s: float | None = None,
+        verify: bool = True,
     ) -> AsyncIterator[Hit]:
         """The longest run of chunks from the front of `chain`, settled."""
 
         def settled() -> Hit:
-            hit = self._mesh.get(space, chain, deadline_s=deadline_s)
+            hit = self._mesh.get(
+                space,
+                chain,
+                deadline_s=deadline_s,
+                part=part,
+                prefill_tokens_per_s=prefill_tokens_per_s,
+                verify=verify,
+            )
             try:
                 hit.count  # noqa: B018 - waits for the last report, in this thread
             except BaseException:
@@ -86,16 +105,21 @@ class AsyncMesh:
         except asyncio.CancelledError:
             task.add_done_callback(_close_result)
             raise
-        try:
+        with hit:
             yield hit
-        finally:
-            hit.close()
 
     async def prefetch(
-        self, space: Namespace, chain: Sequence[bytes], *, deadline_s: float = PREFETCH_DEADLINE_DEFAULT_S
+        self,
+        space: Namespace,
+        chain: Sequence[bytes],
+        *,
+        deadline_s: float = PREFETCH_DEADLINE_DEFAULT_S,
+        prefill_tokens_per_s: float | None = None,
     ) -> int:
         """Start to fetch what peers hold of the front of `chain`."""
-        return await self._run(self._mesh.prefetch, space, chain, deadline_s=deadline_s)
+        return await self._run(
+            self._mesh.prefetch, space, chain, deadline_s=deadline_s, prefill_tokens_per_s=prefill_tokens_per_s
+        )
 
     async def pin(self, chain: Sequence[bytes]) -> int:
         """Keep this node's copies from eviction."""

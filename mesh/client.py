@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,8 +28,10 @@ import msgspec
 from kvmesh import protocol, queries, spaces
 from kvmesh.arena import Arena
 from kvmesh.connection import Connection
-from kvmesh.hit import Hit
+from kvmesh.hit import Hit, Leases
 from kvmesh.keys import Namespace
+from kvmesh.parts import Part
+from kvmesh.renewing import Renewals
 from kvmesh.settings import socket_default
 from kvmesh.store import Refusal
 from kvmesh.transport.checksum import checksum
@@ -36,16 +39,22 @@ from kvmesh.transport.errors import (
     AgentUnavailableError,
     CallerError,
     ChunkTooLargeError,
+    KVMeshError,
     NamespaceError,
     ProtocolError,
 )
+from kvmesh.transport.interface import Slice
 from kvmesh.transport.limits import (
     AGENT_HELLO_TIMEOUT_S,
     CLIENT_CONNECTIONS_MAX,
     CLIENT_REPLY_GRACE_S,
     DEADLINE_MAX_S,
     GET_DEADLINE_DEFAULT_S,
+    LEASE_S_DEFAULT,
+    LEASE_S_MAX,
+    LEASE_S_MIN,
     PREFETCH_DEADLINE_DEFAULT_S,
+    RENEWALS_PER_MESSAGE_MAX,
 )
 
 if TYPE_CHECKING:
@@ -68,21 +77,33 @@ class PutResult:
     bytes_stored: int
 
 
-def connect(socket: str | os.PathLike[str] | None = None, *, timeout_s: float = AGENT_HELLO_TIMEOUT_S) -> Mesh:
+def connect(
+    socket: str | os.PathLike[str] | None = None,
+    *,
+    timeout_s: float = AGENT_HELLO_TIMEOUT_S,
+    lease_s: float = LEASE_S_DEFAULT,
+) -> Mesh:
     """The mesh, by the local agent at `socket` (else ``KVMESH_SOCKET``, else the default path).
+
+    `lease_s`: how long chunks stay leased to a process that is stopped; one that runs keeps its leases.
 
     Raises `AgentUnavailableError` when none answers there, `VersionMismatchError` when it is of another version.
     """
-    return Mesh(Path(socket) if socket is not None else socket_default(), timeout_s=timeout_s)
+    if not LEASE_S_MIN <= lease_s <= LEASE_S_MAX:
+        raise CallerError(f"lease_s is {lease_s}: give {LEASE_S_MIN:g} to {LEASE_S_MAX:g} seconds")
+    return Mesh(Path(socket) if socket is not None else socket_default(), timeout_s=timeout_s, lease_s=lease_s)
 
 
 class Mesh:
     """The local agent, and through it everyone's chunks. Thread-safe. Close it, or use it in a ``with`` block."""
 
-    def __init__(self, path: Path, *, timeout_s: float) -> None:
+    def __init__(self, path: Path, *, timeout_s: float, lease_s: float = LEASE_S_DEFAULT) -> None:
         self.socket = path
         """Where the agent listens."""
         self._timeout_s = timeout_s
+        self._lease_s = lease_s
+        self._renewals = Renewals(lease_s, self._renew, self._end_renewing)
+        self._renewing: Connection | None = None  # the renewals' own connection, of their thread
         self._mapping = threading.Lock()
         # A forgotten hit gives its connection back from a finaliser, which may run in the middle of any line here: so
         # the pool has no lock, only a queue and a deque whose operations are atomic and may be re-entered.
@@ -144,38 +165,77 @@ class Mesh:
         refused = sum(offset == Refusal.FULL for offset in offsets)
         return PutResult(stored, len(keys) - len(new) - refused, refused, stored * space.chunk_bytes)
 
-    def get(self, space: Namespace, chain: Sequence[bytes], *, deadline_s: float = GET_DEADLINE_DEFAULT_S) -> Hit:
+    def get(
+        self,
+        space: Namespace,
+        chain: Sequence[bytes],
+        *,
+        deadline_s: float = GET_DEADLINE_DEFAULT_S,
+        part: Part | None = None,
+        prefill_tokens_per_s: float | None = None,
+        verify: bool = True,
+    ) -> Hit:
         """The longest run of chunks from the front of `chain` that can be here within `deadline_s` seconds.
 
         Local chunks are leased at once; the rest is fetched from peers. A miss is a shorter hit, never an exception.
+
+        `part`: of each chunk just this (`space.part(…)`); no more than that is fetched.
+        `prefill_tokens_per_s`: how fast you would compute; what would take longer to fetch is then not fetched.
+        `verify`: look at each chunk's checksum before its view is given out (some 25 GB/s).
         """
         _check_deadline(deadline_s)
+        _check_rate(prefill_tokens_per_s)
         self._check_size(space)
         blob = protocol.pack_keys(chain)
         connection = self._take()
         try:
             self._open(connection, space)
             _, arena = connection.arenas
-            hit = Hit(connection, arena, space, len(chain), deadline_s, self._put_back)
+            id_ = connection.next_id()
+            # From before the request is sent: what this client believes of its leases ends before they do.
+            leases = Leases(connection, id_, time.monotonic() + self._lease_s, self._renewals.discard)
+            hit = Hit(
+                connection, arena, space, tuple(chain), deadline_s, self._put_back, leases, part=part, verify=verify
+            )
         except BaseException:
             self._put_back(connection)
             raise
         try:
-            connection.send(protocol.Get(connection.next_id(), space.digest[:16], blob, deadline_s))
+            self._renewals.add(leases)
+            connection.send(
+                protocol.Get(
+                    id_,
+                    space.digest[:16],
+                    blob,
+                    deadline_s,
+                    self._lease_s,
+                    prefill_tokens_per_s,
+                    None if part is None else _numbers(part.slice),
+                )
+            )
         except BaseException:
             hit.close()  # and with it the connection, which it gives back
             raise
         return hit
 
     def prefetch(
-        self, space: Namespace, chain: Sequence[bytes], *, deadline_s: float = PREFETCH_DEADLINE_DEFAULT_S
+        self,
+        space: Namespace,
+        chain: Sequence[bytes],
+        *,
+        deadline_s: float = PREFETCH_DEADLINE_DEFAULT_S,
+        prefill_tokens_per_s: float | None = None,
     ) -> int:
-        """Start to fetch what peers hold of the front of `chain`, and return at once: how many chunks are under way."""
+        """Start to fetch what peers hold of the front of `chain`, and return at once: how many chunks are under way.
+
+        `prefill_tokens_per_s`: as for `get`.
+        """
         _check_deadline(deadline_s)
+        _check_rate(prefill_tokens_per_s)
         self._check_size(space)
         with self._connection(space) as connection:
             blob = protocol.pack_keys(chain)
-            request = protocol.Prefetch(connection.next_id(), space.digest[:16], blob, deadline_s)
+            request = protocol.Prefetch(connection.next_id(), space.digest[:16], blob, deadline_s, prefill_tokens_per_s)
             return self._call(connection, request, protocol.Counted).chunks
 
     def pin(self, chain: Sequence[bytes]) -> int:
@@ -219,6 +279,7 @@ class Mesh:
         self._closed = True
         self._retire_idle()
         self._arenas.clear()
+        self._renewals.close()
 
     def __enter__(self) -> Mesh:
         return self
@@ -319,6 +380,27 @@ class Mesh:
             connection.let_go()
             self._put_back(connection)
 
+    def _renew(self, gets: list[tuple[int, int]]) -> tuple[int, list[bool]] | None:
+        """Ask the agent to let leases last on. Called in the renewals' thread."""
+        try:
+            if self._renewing is None or self._renewing.gone():
+                self._end_renewing()
+                self._renewing = Connection(self.socket, timeout_s=self._timeout_s)
+                os.close(self._renewing.arena_fd)
+            connection = self._renewing
+            lasting: list[bool] = []
+            for start in range(0, len(gets), RENEWALS_PER_MESSAGE_MAX):
+                request = protocol.Renew(connection.next_id(), gets[start : start + RENEWALS_PER_MESSAGE_MAX])
+                lasting += self._call(connection, request, protocol.Renewed).lasting
+        except (KVMeshError, OSError):
+            return None
+        return connection.welcome.epoch, lasting
+
+    def _end_renewing(self) -> None:
+        connection, self._renewing = self._renewing, None
+        if connection is not None:
+            connection.close()
+
     def _call(self, connection: Connection, request: protocol.Message, kind: type[ReplyT]) -> ReplyT:
         try:
             reply = connection.call(request, timeout_s=self._timeout_s + CLIENT_REPLY_GRACE_S)
@@ -348,3 +430,12 @@ class Mesh:
 def _check_deadline(deadline_s: float) -> None:
     if not isinstance(deadline_s, (int, float)) or not 0 <= deadline_s <= DEADLINE_MAX_S:
         raise CallerError(f"deadline_s is {deadline_s!r}: give seconds, from 0 to {DEADLINE_MAX_S:g}")
+
+
+def _check_rate(prefill_tokens_per_s: float | None) -> None:
+    if prefill_tokens_per_s is not None and not prefill_tokens_per_s > 0:
+        raise CallerError(f"prefill_tokens_per_s is {prefill_tokens_per_s}: give tokens a second, more than 0")
+
+
+def _numbers(part: Slice) -> tuple[int, int, int, int]:
+    return part.offset_bytes, part.run_bytes, part.stride_bytes, part.count

@@ -17,12 +17,13 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from kvmesh.arena import Arena
 from kvmesh.discovery import Run
 from kvmesh.store import Chunk, Owner, Refusal, Store
-from kvmesh.transport.interface import Outcome, Transport, Want
+from kvmesh.transport.interface import Outcome, Slice, Transport, Want
 from kvmesh.transport.limits import FETCH_FAILED_HOLDERS_MAX, FETCHES_MAX
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,21 @@ class Fate(enum.StrEnum):
     DEADLINE = "deadline"
     FULL = "arena full"
     """No room to receive it: the arena is full of leased, pinned or reserved chunks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What is wanted of each chunk of a chain, and until when."""
+
+    space_id: bytes
+    chunk_bytes: int
+    """Of a whole chunk."""
+    chunk_tokens: int
+    deadline: float
+    """On the monotonic clock."""
+    prefill_tokens_per_s: float | None = None
+    """How fast whoever asks computes; None: it cannot, or does not say, and then no price is too high."""
+    part: Slice | None = None
 
 
 class Holders(Protocol):
@@ -95,10 +111,8 @@ class Fetcher:
         self._tasks: set[asyncio.Task[None]] = set()
         self.counts: Counter[str] = Counter()
 
-    def want(
-        self, owner: Owner | None, space_id: bytes, chunk_bytes: int, keys: Sequence[bytes], deadline: float
-    ) -> dict[bytes, Flight]:
-        """Put the front of the missing `keys` under way, as far as some node has them. `deadline` is on the clock.
+    def want(self, owner: Owner | None, keys: Sequence[bytes], ask: Ask) -> dict[bytes, Flight]:
+        """Put the front of the missing `keys` under way, as far as some node has them.
 
         `owner` gets a lease of each that lands, and must `leave` each flight; None wants no lease (prefetch).
         """
@@ -120,7 +134,7 @@ class Fetcher:
         if fresh:
             for flight in fresh:
                 self._flights[flight.key] = flight
-            task = asyncio.create_task(self._fly(fresh, space_id, chunk_bytes, deadline))
+            task = asyncio.create_task(self._fly(fresh, ask.space_id, ask.chunk_bytes, ask.deadline))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         return joined

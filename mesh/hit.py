@@ -3,9 +3,13 @@
 The agent reports the chunks of a chain from the front, as they land. A hit reads those reports in the caller's own
 thread: `for chunk in hit` gives each as soon as it is there, `hit.count` waits for the end (bounded by the deadline).
 
+A chunk is verified against the checksum of its put when it is first looked at, so what a fault of memory changed never
+reaches an engine; the agent is told, and takes the copy out.
+
 A view never outlives its lease: leaving the ``with`` block makes the hit unusable (`LeaseError`) and returns the leases
 of all chunks that no view looks at; the lease of a chunk that some tensor still looks at goes back when the last such
-tensor is gone. See `kvmesh.tensors`.
+tensor is gone. Leases are renewed while they live (`kvmesh.renewing`). When this process was stopped for longer than a
+lease lasts, the chunks may be gone: then looking at one, and leaving the block, raises `LeaseError`.
 """
 
 from __future__ import annotations
@@ -13,15 +17,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from kvmesh import protocol
 from kvmesh.arena import Arena
 from kvmesh.connection import Connection
-from kvmesh.keys import Namespace
-from kvmesh.transport.errors import KVMeshError, LeaseError, ProtocolError
+from kvmesh.keys import Namespace, part_key
+from kvmesh.parts import Part
+from kvmesh.transport.checksum import checksum
+from kvmesh.transport.errors import CorruptChunkError, KVMeshError, LeaseError, ProtocolError
 from kvmesh.transport.limits import CLIENT_REPLY_GRACE_S
 
 if TYPE_CHECKING:
@@ -39,19 +46,29 @@ class Hit:
         connection: Connection,
         arena: Arena,
         space: Namespace,
-        wanted: int,
+        chain: Sequence[bytes],
         deadline_s: float,
         on_settled: Callable[[Connection], None],
+        leases: Leases,
+        *,
+        part: Part | None = None,
+        verify: bool = True,
     ) -> None:
         """Made by `Mesh.get`. `on_settled` takes the connection back once the last report is in."""
         self.space = space
-        self.wanted = wanted
+        self.part = part
+        """What of each chunk was asked for; None: all of it."""
+        self.wanted = len(chain)
         self._connection = connection
         self._arena = arena
         self._wait_s = deadline_s + CLIENT_REPLY_GRACE_S
         self._on_settled = on_settled
+        self._chain = chain
         self._offsets: list[int] = []
-        self._leases = Leases(connection)
+        self._checksums: list[int] = []
+        self._wholes: set[int] = set()
+        self._unverified: set[int] | None = set() if verify else None  # offsets, where verifying was asked for
+        self._leases = leases
         self._final: protocol.Progress | None = None
         self._failed: KVMeshError | None = None
         self._closed = False
@@ -80,24 +97,36 @@ class Hit:
 
     @property
     def reason(self) -> str:
-        """Why the run ends where it ends: "complete", "miss", "deadline" or "arena full"."""
+        """Why the run ends where it ends: "complete", "miss", "deadline", "arena full" or "computing is faster"."""
         return self._settle().reason
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> Views:
-        """The chunk `index` as a read-only zero-copy view: a tensor, or several by name. Writing to it is a
-        segfault."""
+        """The chunk `index`, or what was asked of it, as a read-only zero-copy view: a tensor, or several by name.
+        Writing to it is a segfault.
+
+        Raises `CorruptChunkError` when its bytes have changed since they were put, `LeaseError` when the hit is over.
+        """
         while self._final is None and (index < 0 or index >= len(self._offsets)):
             self._receive()
         if self._closed:
             raise LeaseError("this hit was released: use its chunks inside the `with` block, or copy them there")
         offset = self._offsets[index]
+        end = self._leases.look_at(offset)
+        try:
+            self._leases.check()
+            self._verify(index % len(self._offsets), offset)
 
-        from kvmesh import tensors
+            from kvmesh import tensors
 
-        return tensors.views(self._arena, offset, self.space, self._leases.look_at(offset))
+            if self.part is None:
+                return tensors.views(self._arena, offset, self.space, end)
+            return tensors.part_view(self._arena, offset, self.space, self.part, offset in self._wholes, end)
+        except BaseException:
+            end()
+            raise
 
     def __iter__(self) -> Iterator[Views]:
         """The chunks from the front, each as soon as it is there."""
@@ -134,6 +163,8 @@ class Hit:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        if kind is None and self._offsets:
+            self._leases.check()
 
     def __repr__(self) -> str:
         state = "released" if self._closed else "open" if self._final else "landing"
@@ -155,6 +186,10 @@ class Hit:
             self._abort(LeaseError("this hit was interrupted while its chunks were on the way"))
             raise
         self._offsets.extend(report.offsets)
+        self._checksums.extend(protocol.unpack_checksums(report.checksums, len(report.offsets)))
+        self._wholes.update(report.wholes)
+        if self._unverified is not None:
+            self._unverified.update(report.offsets)
         if report.final:
             self._final = report
             self._on_settled(self._connection)
@@ -164,6 +199,23 @@ class Hit:
         self._failed = why
         self._connection.close()
         self._on_settled(self._connection)
+
+    def _verify(self, index: int, offset: int) -> None:
+        if self._unverified is None or offset not in self._unverified:
+            return
+        by_itself = self.part is not None and offset not in self._wholes
+        size_bytes = self.part.slice.bytes if self.part is not None and by_itself else self.space.chunk_bytes
+        if checksum(self._arena.view(offset, size_bytes)) != self._checksums[index]:
+            self._leases.check()  # over: then these are the bytes of another chunk
+            key = self._chain[index]
+            if self.part is not None and by_itself:
+                key = part_key(key, self.part.slice)
+            self._connection.note(protocol.Suspect(0, key))
+            raise CorruptChunkError(
+                f"chunk {index} of this hit has changed in memory since it was put: use the chunks before it, and "
+                "compute the rest; the agent was told, and takes its copy out"
+            )
+        self._unverified.discard(offset)
 
     def _settle(self) -> protocol.Progress:
         while self._final is None:
@@ -175,14 +227,35 @@ class Leases:
     """Which leases of one hit still have to go back, and which of them a view keeps. Safe in any thread and
     finaliser."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(
+        self, connection: Connection, get: int, expires_s: float, on_over: Callable[[Leases], None] = lambda _: None
+    ) -> None:
+        """Of the get `get` on `connection`; they last until `expires_s`. `on_over`: nothing is left to give back."""
+        self.epoch = connection.welcome.epoch
+        self.session = connection.welcome.session
+        self.get = get
         self._connection = connection
+        self._expires_s = expires_s
+        self._on_over = on_over
         self._views: dict[int, int] = {}  # offset -> views that are alive
         self._ended: set[int] = set()  # offsets whose lease goes back with their last view
         # Re-entrant: the garbage collector may run a view's end in the middle of any line here, in this same thread.
         self._lock = threading.RLock()
         connection.hold()
         self._held = True
+
+    def last_until(self, expires_s: float) -> None:
+        """See `kvmesh.renewing.Renewable`. What is over does not begin again."""
+        if self._expires_s > time.monotonic():
+            self._expires_s = expires_s
+
+    def check(self) -> None:
+        """Raises `LeaseError` when the leases are over: the bytes may be another chunk's by now."""
+        if time.monotonic() >= self._expires_s:
+            raise LeaseError(
+                "the leases of this hit ran out, because this process was stopped or the agent did not answer for too "
+                "long: throw away what was copied from it, and get the chain again"
+            )
 
     def look_at(self, offset: int) -> Callable[[], None]:
         """A view of `offset` comes to be; call the result when it is gone."""
@@ -213,9 +286,10 @@ class Leases:
 
     def _return(self, offsets: list[int]) -> None:
         if offsets:
-            self._connection.note(protocol.Release(0, offsets))
+            self._connection.note(protocol.Release(0, self.get, offsets))
         with self._lock:
             let_go = self._held and not self._views and not self._ended
             self._held = self._held and not let_go
         if let_go:
+            self._on_over(self)
             self._connection.let_go()

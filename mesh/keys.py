@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 import numpy as np
 
+from kvmesh.parts import Part, Range, part_of
 from kvmesh.transport.errors import NamespaceError
 from kvmesh.transport.limits import (
     CHAIN_CHUNKS_MAX,
@@ -196,6 +197,21 @@ class Namespace:
     @cached_property
     def _tenant_key(self) -> bytes:
         return hashlib.blake2b(self.tenant.encode(), digest_size=64, person=b"kvmesh-tenant").digest()
+
+    def part(
+        self,
+        *,
+        layers: Range | None = None,
+        heads: Range | None = None,
+        tensor: str | None = None,
+        byte_range: Range | None = None,
+    ) -> Part:
+        """A slice of each chunk, for a get that takes no more than it needs.
+
+        `layers`, `heads`: (first, end), of the KV cache of layout "torch"; `heads` count within this shard. `tensor`:
+        one of the named tensors. `byte_range`: (first, end) within the chunk. Raises `NamespaceError`.
+        """
+        return part_of(self, layers=layers, heads=heads, tensor=tensor, byte_range=byte_range)
 
     def chain(self, token_ids: Tokens) -> list[bytes]:
         """The keys of a prompt's whole chunks, first to last; tokens past the last whole chunk have no key.

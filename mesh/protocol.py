@@ -5,14 +5,15 @@
                                   ←   Welcome(node, epoch, arena size, …) with the arena's fd, or Failed
     OpenSpace, Reserve, Get, …    →
                                   ←   one answer each; to Get several Progress, the last one final
-    Abandon, Release              →   (no answer)
+    Abandon, Release, Suspect     →   (no answer)
 
 A frame is a little-endian uint32 length and one msgpack array: the type's tag, then its fields in order. Bulk bytes
 never pass here: an extent of the arena is named by its offset. Keys travel as one blob of 32 bytes each, checksums as
 one of 8 bytes each.
 
 Everything that an agent knows of a connection hangs on the connection: closing it, by whatever cause, returns every
-lease and every reservation. Types are closed: an unknown tag, an extension type, or a wrong field is a `ProtocolError`.
+lease and every reservation. The leases of a get also end by time, unless they are renewed (any connection may do so).
+Types are closed: an unknown tag, an extension type, or a wrong field is a `ProtocolError`.
 This module does no I/O.
 """
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -39,6 +40,9 @@ from kvmesh.transport.limits import (
 )
 
 LENGTH = struct.Struct("<I")
+
+
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -91,12 +95,31 @@ class Get(Message, frozen=True, tag="get"):
     space_id: bytes
     keys: bytes
     deadline_s: float
+    lease_s: float
+    """How long the leases last unless they are renewed."""
+    prefill_tokens_per_s: float | None = None
+    """How fast whoever asks computes: what would cost more to fetch than to compute is not fetched."""
+    part: tuple[Count, Count, Count, Count] | None = None
+    """Of each chunk, just this slice: offset, run, stride (bytes), number of runs."""
 
 
 class Release(Message, frozen=True, tag="release"):
-    """Give leases back, by the offsets that `Progress` named. No answer."""
+    """Give leases of the get `get` back, by the offsets that its `Progress` named. No answer."""
 
+    get: int
     offsets: list[int]
+
+
+class Renew(Message, frozen=True, tag="renew"):
+    """Let the leases of gets last on: (session, get) each; answered by `Renewed`."""
+
+    gets: list[tuple[int, int]]
+
+
+class Suspect(Message, frozen=True, tag="suspect"):
+    """A chunk's bytes in the arena do not match its checksum. No answer."""
+
+    key: bytes
 
 
 class Prefetch(Message, frozen=True, tag="prefetch"):
@@ -105,6 +128,7 @@ class Prefetch(Message, frozen=True, tag="prefetch"):
     space_id: bytes
     keys: bytes
     deadline_s: float
+    prefill_tokens_per_s: float | None = None
 
 
 class Pin(Message, frozen=True, tag="pin"):
@@ -134,6 +158,8 @@ class Welcome(Message, frozen=True, tag="welcome"):
     node: str
     epoch: int
     arena_bytes: int
+    session: int
+    """The number of this connection, for `Renew`."""
 
 
 class Opened(Message, frozen=True, tag="opened"):
@@ -158,12 +184,22 @@ class Progress(Message, frozen=True, tag="progress"):
     """The next chunks from the front of a chain are leased: `offsets` follow those of the `Progress` before."""
 
     offsets: list[int]
+    checksums: bytes
+    """XXH3-64 of what stands at each offset."""
     final: bool
     fetched: int = 0
     """Of all chunks so far, those that came from peers for this request. In the final message only."""
     bytes_moved: int = 0
     reason: str = ""
     """Why the run ends where it ends. In the final message only."""
+    wholes: list[int] = []
+    """Where a part was asked for: the offsets of this message at which the whole chunk stands."""
+
+
+class Renewed(Message, frozen=True, tag="renewed"):
+    """For each get of a `Renew`: whether its leases last on. False: they are over, and what they kept may be gone."""
+
+    lasting: list[bool]
 
 
 class Answer(Message, frozen=True, tag="answer"):
@@ -179,8 +215,10 @@ class Failed(Message, frozen=True, tag="failed"):
     message: str
 
 
-Request = Hello | OpenSpace | Reserve | Commit | Abandon | Get | Release | Prefetch | Pin | Delete | Query
-Reply = Welcome | Opened | Reserved | Counted | Progress | Answer | Failed
+Request = (
+    Hello | OpenSpace | Reserve | Commit | Abandon | Get | Release | Renew | Suspect | Prefetch | Pin | Delete | Query
+)
+Reply = Welcome | Opened | Reserved | Counted | Progress | Renewed | Answer | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)

@@ -1,7 +1,8 @@
 """One client's connection, on the agent's side: its requests, its leases, its reservations.
 
-A session is the owner of all that its client has in the store. When the connection closes (the client exits, crashes,
-is killed, or breaks the protocol) everything goes back at once: the kernel tells us, no timer does.
+A session is the owner of what its client reserved in the store, and has a grant for each get whose chunks it leases
+(`leases.py`). When the connection closes (the client exits, crashes, is killed, or breaks the protocol) everything goes
+back at once: the kernel tells us.
 
 Requests that need no peer are answered where they arrive, without a task. A `Get` or a question that waits for peers is
 a task of its own, so one slow chain never holds up the requests behind it; a connection has at most
@@ -12,26 +13,34 @@ Runs on the agent's loop. It never touches chunk bytes.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 from kvmesh import protocol, spaces
 from kvmesh.arena import Arena
-from kvmesh.fetch import Fate, Fetcher, Flight
+from kvmesh.fetch import Ask, Fate, Fetcher
+from kvmesh.getting import Getting, report, take_local
+from kvmesh.inspection import Inspector
 from kvmesh.keys import Namespace
-from kvmesh.store import Chunk, Refusal, Store
+from kvmesh.leases import Grant, Grants
+from kvmesh.store import Refusal, Store
 from kvmesh.transport.errors import CallerError, ChunkTooLargeError, NamespaceError, ProtocolError
+from kvmesh.transport.interface import Slice
 from kvmesh.transport.limits import (
     AGENT_HELLO_TIMEOUT_S,
     AGENT_PROTOCOL_VERSION,
     CLIENT_REQUESTS_MAX,
     DEADLINE_MAX_S,
+    GRANTS_PER_CLIENT_MAX,
+    NAMESPACE_ID_BYTES,
     OWNED_CHUNKS_MAX,
     SESSION_BACKLOG_BYTES_MAX,
+    SLICE_RUNS_MAX,
     SPACES_MAX,
 )
 
@@ -53,11 +62,15 @@ class Desk:
     epoch: int
     arena: Arena
     store: Store
+    grants: Grants
+    inspector: Inspector
     fetcher: Fetcher
     queries: Asked
     on_space: Callable[[Namespace], list[str]]
     """Hears of each new namespace; returns what will keep it from hitting."""
     spaces: dict[bytes, Namespace]
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+    """Of sessions."""
 
 
 class Session(asyncio.Protocol):
@@ -66,6 +79,7 @@ class Session(asyncio.Protocol):
     def __init__(self, desk: Desk, on_gone: Callable[[Session], None]) -> None:
         self._desk = desk
         self._on_gone = on_gone
+        self._number = next(desk.numbers)
         self._reader = protocol.FrameReader()
         self._transport: asyncio.Transport
         self._welcomed = False
@@ -82,6 +96,7 @@ class Session(asyncio.Protocol):
         self._hello_timer.cancel()
         for task in self._tasks:
             task.cancel()
+        self._desk.grants.end_session(self._number)
         self._desk.store.drop_owner(self)
         self._on_gone(self)
 
@@ -112,7 +127,9 @@ class Session(asyncio.Protocol):
             return
         self._hello_timer.cancel()
         desk = self._desk
-        welcome = protocol.Welcome(0, AGENT_PROTOCOL_VERSION, desk.node, desk.epoch, desk.arena.size_bytes)
+        welcome = protocol.Welcome(
+            0, AGENT_PROTOCOL_VERSION, desk.node, desk.epoch, desk.arena.size_bytes, self._number
+        )
         # Nothing was written before, so the frame and the descriptor that belongs to it go out together, past asyncio.
         with self._transport.get_extra_info("socket").dup() as raw:
             socket.send_fds(raw, [protocol.frame(welcome)], [desk.arena.fileno()])
@@ -141,11 +158,13 @@ class Session(asyncio.Protocol):
                 self._get(request)
                 return None
             case protocol.Release():
-                for offset in request.offsets:
-                    chunk = store.leased(self, offset)
-                    if chunk is None:
-                        raise ProtocolError(f"it released offset {offset}, which it has no lease of")
-                    store.release(self, chunk)
+                self._release(request)
+                return None
+            case protocol.Renew():
+                renew, now = self._desk.grants.renew, time.monotonic()
+                return protocol.Renewed(request.id, [renew(session, get, now) for session, get in request.gets])
+            case protocol.Suspect():
+                self._desk.inspector.suspect(request.key)
                 return None
             case protocol.Reserve():
                 return protocol.Reserved(request.id, self._reserve(request))
@@ -222,8 +241,9 @@ class Session(asyncio.Protocol):
     def _prefetch(self, request: protocol.Prefetch) -> int:
         space = self._space(request.space_id)
         keys = [k for k in protocol.unpack_keys(request.keys) if self._desk.store.get(k) is None]
-        deadline = time.monotonic() + _bounded(request.deadline_s)
-        return len(self._desk.fetcher.want(None, request.space_id, space.chunk_bytes, keys, deadline))
+        deadline, rate = time.monotonic() + _bounded(request.deadline_s), request.prefill_tokens_per_s
+        ask = _ask(space, deadline, rate if rate and rate > 0 else None, None)
+        return len(self._desk.fetcher.want(None, keys, ask))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """What waits for peers is a task; it ends with the connection."""
@@ -239,95 +259,70 @@ class Session(asyncio.Protocol):
 
     # --- get -------------------------------------------------------------------------------------------------------
     def _get(self, request: protocol.Get) -> None:
+        desk = self._desk
         space = self._space(request.space_id)
+        part = _slice(space, request.part)
         keys = protocol.unpack_keys(request.keys)
         if len(set(keys)) != len(keys):
             raise CallerError("the chain names a chunk twice: give each key once, in the order of the prompt")
-        store, now = self._desk.store, time.monotonic()
-        local = {}
-        for key in keys:
-            chunk = store.lease(self, key, now)
-            if chunk is not None:
-                local[key] = chunk
-        store.touch(keys)
-        if len(local) == len(keys):
-            self._send(protocol.Progress(request.id, [local[k].offset for k in keys], True, 0, 0, Fate.LANDED.value))
-        elif len(self._tasks) >= CLIENT_REQUESTS_MAX or store.leased_by(self) > OWNED_CHUNKS_MAX:
-            self._release(local.values())
+        if desk.grants.count(self._number) >= GRANTS_PER_CLIENT_MAX:
+            raise CallerError("this connection has too many hits open: release some before asking for more")
+        now = time.monotonic()
+        grant = desk.grants.open(self._number, request.id, request.lease_s, now)
+        held = take_local(desk.store, grant, keys, part)
+        if len(held) == len(keys):
+            self._send(report(request.id, list(held.values()), part, final=True, why=Fate.LANDED.value))
+            self._done(grant)
+        elif len(self._tasks) >= CLIENT_REQUESTS_MAX or self._leased() > OWNED_CHUNKS_MAX:
+            desk.grants.end(self._number, request.id)
             raise CallerError("this connection has too many requests or leases open: wait for some to end")
         else:
-            job = _Get(request, space, keys, local, now + _bounded(request.deadline_s))
-            self._spawn(self._fetch(job))
+            rate = request.prefill_tokens_per_s
+            ask = _ask(space, now + _bounded(request.deadline_s), rate if rate and rate > 0 else None, part)
+            getting = Getting(request.id, desk.store, desk.fetcher, self._send, grant, keys, held, ask)
+            self._spawn(self._finish(getting))
 
-    def _release(self, chunks: Iterable[Chunk]) -> None:
-        for chunk in chunks:
-            self._desk.store.release(self, chunk)
-
-    async def _fetch(self, job: _Get) -> None:
-        """Report the front of the chain as it lands; give back what lies behind the first hole."""
-        flights: dict[bytes, Flight] = {}
-        unsent: list[int] = []
-        used = fetched = 0
-        fate = Fate.LANDED
+    async def _finish(self, getting: Getting) -> None:
+        getting.grant.busy = True
         try:
-            while used < len(job.keys):
-                key = job.keys[used]
-                if key in job.local:
-                    unsent.append(job.local.pop(key).offset)
-                    used += 1
-                    continue
-                flight = flights.get(key)
-                if flight is None:
-                    missing = [k for k in job.keys[used:] if k not in job.local and k not in flights]
-                    flights.update(self._want(job, missing))
-                    flight = flights.get(key)
-                    if flight is None:
-                        fate = Fate.MISS
-                        break
-                if not flight.done.done() and unsent:
-                    self._send(protocol.Progress(job.request.id, unsent, False))
-                    unsent = []
-                fate = await self._landing(flight, job)
-                if fate is Fate.DEADLINE and time.monotonic() < job.deadline:
-                    # It was somebody else's deadline. The whole rest of that fetch ended with it: all of it gets a new
-                    # one together, with ours.
-                    flights = {k: f for k, f in flights.items() if not f.done.done() or f.chunk is not None}
-                    continue
-                chunk = flight.chunk
-                if fate is not Fate.LANDED or chunk is None or self._desk.store.leased(self, chunk.offset) is not chunk:
-                    break
-                unsent.append(chunk.offset)
-                del flights[key]
-                used += 1
-                fetched += 1
-            moved = fetched * job.space.chunk_bytes
-            self._send(protocol.Progress(job.request.id, unsent, True, fetched, moved, fate.value))
+            await getting.run()
         finally:
-            for flight in flights.values():
-                self._desk.fetcher.leave(self, flight)
-            self._release(job.local.values())
+            getting.grant.busy = False
+            self._done(getting.grant)
 
-    def _want(self, job: _Get, missing: list[bytes]) -> dict[bytes, Flight]:
-        space_id, size = job.request.space_id, job.space.chunk_bytes
-        return self._desk.fetcher.want(self, space_id, size, missing, job.deadline)
+    def _done(self, grant: Grant) -> None:
+        """A grant of which nothing is leased any more, and nothing will be, is over."""
+        if not grant.busy and not self._desk.store.leased_by(grant):
+            self._desk.grants.end(grant.session, grant.get)
 
-    async def _landing(self, flight: Flight, job: _Get) -> Fate:
-        try:
-            # A flight belongs to all who wait for it: one waiter's deadline must not end it for the others.
-            async with asyncio.timeout(max(0.0, job.deadline - time.monotonic())):
-                return await asyncio.shield(flight.done)
-        except TimeoutError:
-            return Fate.DEADLINE
+    def _release(self, request: protocol.Release) -> None:
+        grant = self._desk.grants.find(self._number, request.get)
+        if grant is None:
+            return  # its time was over: everything went back then
+        for offset in request.offsets:
+            chunk = self._desk.store.leased(grant, offset)
+            if chunk is None:
+                raise ProtocolError(f"it released offset {offset}, which it has no lease of")
+            self._desk.store.release(grant, chunk)
+        self._done(grant)
+
+    def _leased(self) -> int:
+        return sum(self._desk.store.leased_by(grant) for grant in self._desk.grants.of(self._number))
 
 
-@dataclass(slots=True)
-class _Get:
-    request: protocol.Get
-    space: Namespace
-    keys: list[bytes]
-    local: dict[bytes, Chunk]
-    """Leased at the start, not reported yet."""
-    deadline: float
+def _slice(space: Namespace, numbers: tuple[int, int, int, int] | None) -> Slice | None:
+    """The part of each chunk that a client asks for. Raises `CallerError` when a chunk has no such part."""
+    if numbers is None:
+        return None
+    part = Slice(*numbers)
+    overlaps = part.count > 1 and part.stride_bytes < part.run_bytes
+    if not part.bytes or overlaps or part.count > SLICE_RUNS_MAX or part.end > space.chunk_bytes:
+        raise CallerError(f"a chunk of this namespace has {space.chunk_bytes} bytes and no such part: {part}")
+    return part
+
+
+def _ask(space: Namespace, deadline: float, rate: float | None, part: Slice | None) -> Ask:
+    return Ask(space.digest[:NAMESPACE_ID_BYTES], space.chunk_bytes, space.chunk_tokens, deadline, rate, part)
 
 
 def _bounded(deadline_s: float) -> float:

@@ -55,6 +55,8 @@ class Chunk:
     pinned: bool
     expires_s: float | None
     """On the monotonic clock; None for never."""
+    private: bool = False
+    """A part of a chunk: of use to this node alone, so others are not told."""
     leases: int = 0
     doomed: bool = False
     corrupt: bool = False
@@ -156,7 +158,14 @@ class Store:
         return offset
 
     def commit(
-        self, owner: Owner, key: bytes, checksum: int, *, pinned: bool = False, expires_s: float | None = None
+        self,
+        owner: Owner,
+        key: bytes,
+        checksum: int,
+        *,
+        pinned: bool = False,
+        expires_s: float | None = None,
+        private: bool = False,
     ) -> Chunk | None:
         """The reserved chunk `key` is written: from now on it is held. None when `owner` has no such reservation, or
         somebody beside it was first: then its extent is free again."""
@@ -167,7 +176,7 @@ class Store:
             self._extents.free(reservation.offset)
             return None
         chunk = Chunk(
-            key, reservation.space_id, reservation.offset, reservation.size_bytes, checksum, pinned, expires_s
+            key, reservation.space_id, reservation.offset, reservation.size_bytes, checksum, pinned, expires_s, private
         )
         self._chunks[key] = chunk
         if expires_s is not None:

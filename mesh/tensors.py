@@ -17,6 +17,7 @@ import torch
 
 from kvmesh.arena import Arena
 from kvmesh.keys import Namespace, TensorSpec
+from kvmesh.parts import Part
 from kvmesh.transport.errors import TensorError
 
 Views = torch.Tensor | dict[str, torch.Tensor]
@@ -40,6 +41,22 @@ def views(arena: Arena, offset: int, space: Namespace, on_end: Callable[[], None
         for name, (start, spec) in space.placements.items()
     }  # fmt: skip
     return next(iter(found.values())) if len(found) == 1 else found
+
+
+def part_view(
+    arena: Arena, offset: int, space: Namespace, part: Part, whole: bool, on_end: Callable[[], None] | None = None
+) -> torch.Tensor:
+    """The part of the chunk at `offset`: a view into it where the `whole` chunk stands there, else the part by
+    itself."""
+    size_bytes = space.chunk_bytes if whole else part.slice.bytes
+    keeper = (ctypes.c_char * size_bytes).from_address(arena.address + offset)
+    weakref.finalize(keeper, _ended, arena, on_end).atexit = False
+    dtype: torch.dtype = getattr(torch, part.dtype)
+    if not whole:
+        return torch.frombuffer(keeper, dtype=dtype).view(part.shape)
+    start, end = part.slice.offset_bytes, part.slice.end
+    found = torch.frombuffer(keeper, dtype=dtype, count=(end - start) // dtype.itemsize, offset=start)
+    return found.as_strided(part.shape, part.stride)
 
 
 def _ended(_arena: Arena, on_end: Callable[[], None] | None) -> None:

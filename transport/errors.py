@@ -5,11 +5,12 @@
     │   ├── NamespaceError       a field of a namespace is missing, wrong, or unknown to the agent
     │   ├── TensorError          a tensor's name, shape, dtype or device is not what its namespace says
     │   ├── ChunkTooLargeError   a chunk can never fit into the arena
-    │   ├── LeaseError           a hit was used after its release
+    │   ├── LeaseError           a hit was used after its release, or after its leases ran out
     │   ├── UnsupportedModelError a model's cache cannot be shared safely: run it without the mesh
     │   └── SettingsError        a flag, a variable, a file or an address is not usable
     ├── AgentUnavailableError    the local agent is not there, or went away: start it, then connect again
     │   └── VersionMismatchError the agent speaks another version of the protocol: upgrade one of the two
+    ├── CorruptChunkError        a chunk's bytes changed in memory: use those before it, compute the rest
     └── PeerError                they erred: counted where it happens, and a miss for whoever asked
         ├── ProtocolError        a peer's message is malformed, too large, or of a version that we do not speak
         └── UnreachableError     a peer did not answer in time, or nothing listens there
@@ -41,7 +42,8 @@ class ChunkTooLargeError(CallerError):
 
 
 class LeaseError(CallerError):
-    """A hit was used after its ``with`` block. Copy what you need inside the block."""
+    """A hit was used after its ``with`` block, or after its leases ran out. The message says which: copy what you need
+    inside the block, or get the chain again."""
 
 
 class UnsupportedModelError(CallerError):
@@ -59,6 +61,10 @@ class AgentUnavailableError(KVMeshError):
 
 class VersionMismatchError(AgentUnavailableError):
     """The agent speaks another protocol version. Upgrade kvmesh on the side that the message names."""
+
+
+class CorruptChunkError(KVMeshError):
+    """The bytes of a chunk do not match the checksum of its put. It was not given out: compute from this chunk on."""
 
 
 class PeerError(KVMeshError):

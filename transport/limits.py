@@ -12,9 +12,9 @@ MIB: Final = 1024 * KIB
 GIB: Final = 1024 * MIB
 
 # --- versions ------------------------------------------------------------------------------------------------------
-AGENT_PROTOCOL_VERSION: Final = 1
+AGENT_PROTOCOL_VERSION: Final = 2
 """Between a client and its agent, over the unix socket. Both ends must have the same."""
-MESH_PROTOCOL_VERSION: Final = 1
+MESH_PROTOCOL_VERSION: Final = 2
 """Between nodes, over the mesh port. Both ends must have the same."""
 
 # --- chunks --------------------------------------------------------------------------------------------------------
@@ -29,6 +29,9 @@ TOKENS_MAX: Final = CHAIN_CHUNKS_MAX * 4096
 TENSORS_PER_CHUNK_MAX: Final = 1024
 NAMESPACE_BYTES_MAX: Final = 64 * KIB
 """A namespace in its canonical form."""
+
+SLICE_RUNS_MAX: Final = 1 << 20
+"""Runs of one slice of a chunk: a head of 128 bytes for each token, layer, K and V stays far below."""
 
 # --- arena ---------------------------------------------------------------------------------------------------------
 EXTENT_ALIGNMENT_BYTES: Final = 4096
@@ -57,6 +60,16 @@ DEADLINE_MAX_S: Final = 3600.0
 """The longest deadline of a get or a prefetch: no request waits longer, and no fetch goes on for nobody longer."""
 SPACES_MAX: Final = 1024
 """Namespaces that one agent knows."""
+LEASE_S_DEFAULT: Final = 30.0
+"""How long a client's leases last without being renewed; a client that runs renews them in time."""
+LEASE_S_MIN: Final = 0.05
+LEASE_S_MAX: Final = 3600.0
+RENEWALS_PER_MESSAGE_MAX: Final = 65_536
+"""Gets whose leases one message renews."""
+GRANTS_PER_CLIENT_MAX: Final = 4096
+"""Gets of one connection whose chunks are not all released."""
+SUSPECTS_MAX: Final = 64
+"""Chunks that wait to be verified because somebody suspects them."""
 OWNED_CHUNKS_MAX: Final = 1_000_000
 """Leases and reservations of one connection."""
 
@@ -79,6 +92,12 @@ CALLS_SERVED_MAX: Final = 1024
 CALL_TIMEOUT_S: Final = 2.0
 SERVED_READ_IDLE_S: Final = 30.0
 """A read whose reader grants no credit for so long is ended by the holder, and its leases are given back."""
+SERVED_READ_LEASE_S_MAX: Final = DEADLINE_MAX_S + 1.0
+"""The longest time for which a reader may ask a holder to keep a read: its deadline, and a second."""
+SLICES_PER_READ_MAX: Final = 1024
+"""Different slices that one read names. An engine of another parallel degree names one, a loader of layers 128."""
+SUSPECTS_PER_SWEEP_MAX: Final = 64
+"""Chunks that one reader may call corrupt between two sweeps, a second apart: each costs the holder a checksum."""
 HEADER_BYTES_MAX: Final = 4 * KIB
 """The header of one message between nodes: a few numbers, or `ITEMS_PER_MESSAGE_MAX` items."""
 READ_WINDOW_BYTES_MIN: Final = 64 * KIB
@@ -113,8 +132,63 @@ SEND_QUEUE_MESSAGES: Final = 1024
 credit."""
 RECEIVE_QUEUE_MESSAGES: Final = 64
 """Messages of one connection that were received and not looked at. Beyond it TCP holds the sender back."""
+PARTS_PER_MESSAGE_MAX: Final = 64
+"""Frames of one bulk message beside its header."""
+STAGE_BYTES: Final = 8 * KIB
+"""The buffer of one bulk connection for headers and commands: more than `HEADER_BYTES_MAX`."""
+PIECE_BYTES: Final = 256 * KIB
+"""Bytes of bulk that one system call receives at most: they are hashed while they are in the CPU's cache, and a
+cancelled read is heard between two of them."""
+UNSENT_BYTES_MAX: Final = 8 * MIB
+"""Bytes that wait to be sent on one bulk connection: some lists of wanted chunks. A read beyond it is refused."""
+NAMES_AT_ONCE_MAX: Final = 8
+"""Host names that are looked up at the same time."""
 LOANS_RETURN_S: Final = 5.0
 """How long a closing transport waits for libzmq to be done with the last frames. It takes milliseconds."""
+
+INSTANCE_BYTES: Final = 16
+"""The random name of one transport, and of one reader's link to it: a restarted peer has another."""
+OFFER_BYTES_MAX: Final = 64 * KIB
+"""What one backend tells a peer of itself: NIXL's metadata are a few KiB."""
+OFFERS_PER_PEER_MAX: Final = 8
+OFFER_WAIT_S: Final = 0.02
+"""How long the first read of a peer waits to learn a faster way than ``zmq``: what 256 MiB take over TCP are 50 ms."""
+OFFER_WAIT_BYTES_MIN: Final = 1 * MIB
+"""A first read of less does not wait: it is over before the answer is there."""
+OFFER_KEPT_S: Final = 60.0
+"""How long a peer's offers are believed without a link that shows that the peer is still the same."""
+OFFERS_KEPT_MAX: Final = 1024
+"""Peers whose offers are remembered. Beyond it the one that was used least recently is asked again."""
+BACKEND_RETRY_S: Final = 30.0
+"""A backend that failed for a peer is left out for so long."""
+LEND_LEASE_S: Final = 5.0
+"""The longest lease of chunks that a reader takes itself: a reader that dies keeps them from eviction no longer. One
+that still moves renews it."""
+LEND_MARGIN_S: Final = 0.25
+"""So long before a lease ends by its own clock the reader stops to rely on it."""
+LEND_BATCH_BYTES: Final = 8 * MIB
+"""Chunks that are lent, moved and given back together, but for a single larger one: one millisecond of copying."""
+LEND_BATCH_CHUNKS_MAX: Final = 1024
+LEND_BATCHES_AT_ONCE: Final = 2
+"""Batches of one read: the next one is lent while the first is moved."""
+LEND_RUNS_MAX: Final = 4096
+"""Runs of a part that a reader takes itself; of one with more the holder gathers them."""
+LEASES_PER_READER_MAX: Final = 128
+LEASES_MAX: Final = 4096
+LENT_BYTES_PER_READER_MAX: Final = 2 * GIB
+LENT_CHUNKS_MAX: Final = 1 << 18
+"""Chunks lent to all readers that take the bytes themselves."""
+GIVE_BACK_TIMEOUT_S: Final = 1.0
+"""For the call that gives a batch back. When it fails the lease ends by itself."""
+COPY_THREADS: Final = 2
+"""Threads of one transport that copy and hash. Two reach what the memory gives; one does not."""
+COPY_STEP_BYTES: Final = 256 * KIB
+"""Bytes that are copied, then hashed while they are in the processor's cache; a cancelled copy is heard in between."""
+COPY_ON_LOOP_BYTES_MAX: Final = 256 * KIB
+"""So little is copied or hashed at once: waking a thread takes longer."""
+SHM_PEERS_MAX: Final = 256
+"""Readers on this host that one node serves through shared memory."""
+SHM_HELLO_BYTES_MAX: Final = 256
 
 # --- discovery -------------------------------------------------------------------------------------------------------
 PEERS_MAX: Final = 4096
@@ -288,8 +362,23 @@ FETCHES_MAX: Final = 256
 """Fetches that one node has under way at once; a further chain is a miss."""
 FETCH_FAILED_HOLDERS_MAX: Final = 2
 """Holders that may fail one fetch before it ends: a stale map must not cost more than that."""
+PRICE_SHARE: Final = 0.8
+"""The part of the time of computing that a fetch may be expected to take. Measured rates waver by a fifth from read to
+read, and computing does not: a fetch that wins by less than that loses in its worse half."""
+DEADLINE_OPTIMISM: Final = 2.0
+"""How much faster than measured a holder may turn out to be, before chunks count as too late for a deadline: what is
+not asked for is surely missed."""
+RATE_PATHS_MAX: Final = PEERS_MAX
+"""Ways to peers whose rates are kept."""
+RATE_NEW_SHARE: Final = 0.3
+"""What a new sample counts in the average of a rate."""
+RATE_SAMPLE_BYTES_MIN: Final = 1 * MIB
+RATE_SAMPLE_S_MIN: Final = 0.002
+"""A window of fewer bytes or less time tells more about the process's own turns than about the path."""
+RATE_STALE_S: Final = 30.0
+"""After so long without a sample a rate is unknown again: a peer that was slow is tried once more."""
 EXPIRY_SWEEP_S: Final = 1.0
-"""How often an agent removes the chunks whose ``ttl_s`` is over."""
+"""How often an agent looks for chunks whose ``ttl_s`` is over, and for leases that nobody renewed."""
 SESSION_BACKLOG_BYTES_MAX: Final = 16 * MIB
 """Answers that wait for a client that does not read. Beyond it the connection is closed."""
 PREFETCH_DEADLINE_DEFAULT_S: Final = 10.0

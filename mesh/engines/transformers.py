@@ -40,7 +40,7 @@ from kvmesh.engines.identity import (
 from kvmesh.engines.link import AgentLink, connect_to
 from kvmesh.engines.rate import PrefillRate, probe_rate
 from kvmesh.keys import Namespace
-from kvmesh.transport.errors import KVMeshError
+from kvmesh.transport.errors import KVMeshError, LeaseError
 from kvmesh.transport.limits import CHUNK_TOKENS_DEFAULT, ENGINE_DEADLINE_MAX_S, ENGINE_DEADLINE_MIN_S
 
 __all__ = ["Generation", "MeshModel"]
@@ -70,7 +70,7 @@ class MeshModel:
     A revision that you give is taken at its word: change it when you change the weights.
     `chunk_tokens`: fewer share more of a prompt's end, at more keys.
     `deadline_s`: the longest time that a load may take; by default what computing the missing tokens would take, as
-    measured.
+    measured, and then nothing is fetched that would be slower than computing.
 
     Raises `UnsupportedModelError` when the model's cache cannot be shared safely, with the reason.
     """
@@ -179,7 +179,12 @@ class MeshModel:
         buffer: torch.Tensor | None = None
         try:
             deadline_s = self.deadline_s(len(chain) * space.chunk_tokens)
-            with self._link.use() as mesh, mesh.get(space, chain, deadline_s=deadline_s) as hit:
+            # A deadline that the user gave is an order: only a derived one leaves the choice to the price.
+            rate = self._rate.tokens_per_s if self._deadline_s is None else None
+            with (
+                self._link.use() as mesh,
+                mesh.get(space, chain, deadline_s=deadline_s, prefill_tokens_per_s=rate) as hit,
+            ):
                 for view in hit:
                     assert isinstance(view, torch.Tensor)
                     if buffer is None:
@@ -189,6 +194,9 @@ class MeshModel:
                     loaded.chunks += 1
                     del view  # its lease ends with it
                 loaded.fetched, loaded.bytes_moved = hit.fetched, hit.bytes_moved
+        except LeaseError as error:
+            loaded.chunks = 0  # this process was stopped in the middle: who knows what was copied
+            loaded.errors.append(str(error))
         except KVMeshError as error:
             # What landed before is whole and verified: it is used.
             loaded.errors.append(str(error))

@@ -94,12 +94,14 @@ VALUES = [
     ("membership", "membership", ("gossip", "static", "gossip"), ("gossip", "static", "gossip")),
     ("gossip-port", "gossip_port", (0, 1, 2), (0, 1, 2)),
     ("advertise", "advertise", ("10.0.0.1", "10.0.0.2:2", "[fd00::3]:3"), ("10.0.0.1", "10.0.0.2:2", "[fd00::3]:3")),
+    ("advertise-mesh-port", "advertise_mesh_port", (1, 2, 3), (1, 2, 3)),
     ("profile", "profile", ("wan", "local", "memberlist-lan"), ("wan", "local", "memberlist-lan")),
     ("label", "label", ("f", "v", "t"), ("f", "v", "t")),
     ("key-file", "key_file", ("/f", "/v", "/t"), (Path("/f"), Path("/v"), Path("/t"))),
     ("state-dir", "state_dir", ("/f", "/v", "/t"), (Path("/f"), Path("/v"), Path("/t"))),
     ("memory", "memory_bytes", ("1MiB", "2MiB", "3MiB"), (1 << 20, 2 << 20, 3 << 20)),
     ("socket", "socket", ("/f", "/v", "/t"), (Path("/f"), Path("/v"), Path("/t"))),
+    ("transports", "transports", ("zmq", "shm", "nixl, shm"), (("zmq",), ("shm", "zmq"), ("nixl", "shm", "zmq"))),
 ]
 
 
@@ -138,7 +140,7 @@ def test_one_file_for_an_agent_and_a_controller(cli: Cli, given: Given, tmp_path
         ("[agent]\nnope = 1", "[agent] nope is not a setting"),
         ("[controller]\nmemory = '1GiB'", "[controller] memory is not a setting"),
         ("[router]\nname = 'r'", "router is not a setting"),
-        ("[router]\nname = 'r'", "memory, socket, and the tables [agent] and [controller]"),
+        ("[router]\nname = 'r'", "memory, socket, transports, and the tables [agent] and [controller]"),
         ("mesh-port = '80'", "mesh-port must be a whole number, not '80'"),
         ("mesh-port = true", "mesh-port must be a whole number, not True"),
         ("join = [1]", "join must be a list of texts or text, not [1]"),

@@ -229,7 +229,7 @@ def test_an_unknown_namespace_is_an_ordinary_error(agents: LocalAgents) -> None:
         raw.say(hello())
         for body in (
             msgspec.msgpack.encode(["reserve", 1, b"s" * 16, b""]),
-            msgspec.msgpack.encode(["get", 2, b"s" * 16, b"", 0.1]),
+            msgspec.msgpack.encode(["get", 2, b"s" * 16, b"", 0.1, 30.0]),
             msgspec.msgpack.encode(["open", 3, b'{"model": "m"}']),
         ):
             raw.say(body)
@@ -248,7 +248,7 @@ def test_a_client_that_goes_away_in_the_middle_leaves_no_lease_and_no_reservatio
     put(mesh, SPACE, chain)
     with Raw(agents.directory / "a.sock") as raw:
         raw.say(hello())
-        raw.say(msgspec.msgpack.encode(["get", 1, SPACE.digest[:16], b"".join(chain), 1.0]))
+        raw.say(msgspec.msgpack.encode(["get", 1, SPACE.digest[:16], b"".join(chain), 1.0, 30.0]))
         raw.say(msgspec.msgpack.encode(["reserve", 2, SPACE.digest[:16], b"k" * 32]))
         agents.wait_for(lambda: (s := a.store.stats()).leases == 2 and s.reserved_chunks == 1)
     agents.wait_for(lambda: (s := a.store.stats()).leases == 0 and s.reserved_chunks == 0)

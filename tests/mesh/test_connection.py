@@ -210,7 +210,7 @@ def test_a_chain_that_names_a_chunk_twice_is_refused(agents: LocalAgents) -> Non
 
 def test_a_view_that_goes_while_its_hit_is_released_gives_its_lease_back_once() -> None:
     to_agent = Mock()
-    leases = Leases(to_agent)
+    leases = Leases(to_agent, 1, float("inf"))
     ends = {offset: leases.look_at(offset) for offset in (0, 4096)}
 
     class Collected(list[int]):

@@ -16,6 +16,7 @@ from kvmesh.settings import (
     parse_advertise,
     parse_port,
     parse_size,
+    parse_transports,
     socket_default,
     state_dir_default,
 )
@@ -30,6 +31,7 @@ def test_defaults_are_usable():
     assert (settings.advertise, settings.label, settings.key_file) == ("", "", None)
     assert settings.members_file == state_dir_default() / f"{name_default()}.members"
     assert settings.memory_bytes == 4 << 30
+    assert (settings.advertise_mesh_port, settings.transports) == (0, ("shm", "nixl", "zmq"))
     assert settings.socket == socket_default()
 
 
@@ -122,6 +124,7 @@ def test_what_is_not_a_port_is_said(text: str):
         ({"membership": "magic"}, "--membership 'magic': use one of gossip, static"),
         ({"gossip_port": 70000}, "--gossip-port 70000: use a port"),
         ({"advertise": "n1:7951"}, "--advertise 'n1:7951' is not an address: write IP or IP:PORT"),
+        ({"advertise_mesh_port": 70000}, "--advertise-mesh-port 70000: use a port from 1 to 65535, or 0 for the one"),
         ({"profile": "moon"}, "--profile 'moon': use one of lan, wan, local"),
         ({"label": "\N{EURO SIGN}" * 86}, "--label: use at most 255 bytes"),
         ({"key_file": Path("k"), "membership": "static"}, "--key-file encrypts gossip"),
@@ -143,6 +146,32 @@ def test_an_agent_needs_room_and_a_socket_path_that_the_kernel_takes():
     with pytest.raises(SettingsError, match="at most 107 bytes"):
         AgentSettings(socket=Path("/tmp") / ("x" * 103))
     assert AgentSettings(socket=Path("/tmp") / ("x" * 102)).name == name_default()
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("shm,nixl,zmq", ("shm", "nixl", "zmq")),
+        ("nixl, shm", ("nixl", "shm", "zmq")),
+        ("zmq,shm", ("shm", "zmq")),
+        ("zmq", ("zmq",)),
+        ("shm,shm,", ("shm", "zmq")),
+        ("", ("zmq",)),
+    ],
+)
+def test_transports_in_order_of_preference_and_zmq_is_always_the_last(text: str, names: tuple[str, ...]):
+    assert parse_transports(text) == names
+    assert AgentSettings(transports=names).transports == names
+
+
+def test_a_transport_that_nobody_knows_is_refused_with_those_that_are():
+    with pytest.raises(SettingsError, match="--transports 'rdma': use one of shm, nixl, zmq"):
+        parse_transports("shm,rdma")
+    with pytest.raises(SettingsError, match="--transports 'rdma': use one of"):
+        AgentSettings(transports=("rdma", "zmq"))
+    for given in (("shm",), (), ("shm", "shm", "zmq"), ("zmq", "shm")):
+        with pytest.raises(SettingsError, match="name each once, and zmq last"):
+            AgentSettings(transports=given)
 
 
 def test_the_socket_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch):

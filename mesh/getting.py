@@ -1,0 +1,128 @@
+"""One get of a client: what is held of the chain is leased at once, the rest is fetched and reported as it lands.
+
+A get reports the chain from its front, and ends at the first chunk that cannot be had. What lies behind that hole goes
+back. For a part of each chunk, a whole chunk that is held serves as well as the part by itself.
+
+`Getting` is one get that waits for peers; a get of which all is here needs none (`take_local`). Runs on the agent's
+loop, as a task of the session that asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from kvmesh import protocol
+from kvmesh.fetch import Ask, Fate, Fetcher, Flight
+from kvmesh.keys import part_key
+from kvmesh.leases import Grant
+from kvmesh.store import Chunk, Store
+from kvmesh.transport.interface import Slice
+
+
+def take_local(store: Store, grant: Grant, keys: Sequence[bytes], part: Slice | None) -> dict[bytes, Chunk]:
+    """Lease what of `keys` is held here."""
+    now = time.monotonic()
+    held: dict[bytes, Chunk] = {}
+    for key in keys:
+        chunk = store.lease(grant, key, now)
+        if chunk is None and part is not None:
+            chunk = store.lease(grant, part_key(key, part), now)
+        if chunk is not None:
+            held[key] = chunk
+    store.touch(keys if part is None else [chunk.key for chunk in held.values()])
+    return held
+
+
+def report(
+    id_: int,
+    chunks: Sequence[Chunk],
+    part: Slice | None,
+    *,
+    final: bool,
+    fetched: int = 0,
+    moved: int = 0,
+    why: str = "",
+) -> protocol.Progress:
+    """The message that `chunks` are leased."""
+    return protocol.Progress(
+        id_,
+        [chunk.offset for chunk in chunks],
+        struct.pack(f"<{len(chunks)}Q", *[chunk.checksum for chunk in chunks]),
+        final,
+        fetched,
+        moved,
+        why,
+        [] if part is None else [chunk.offset for chunk in chunks if not chunk.private],
+    )
+
+
+@dataclass(slots=True)
+class Getting:
+    """One get that waits for peers."""
+
+    id: int
+    store: Store
+    fetcher: Fetcher
+    send: Callable[[protocol.Message], None]
+    grant: Grant
+    keys: Sequence[bytes]
+    held: dict[bytes, Chunk]
+    """Leased at the start, not reported yet."""
+    ask: Ask
+
+    async def run(self) -> None:
+        """Report the front of the chain as it lands; give back what lies behind the first hole."""
+        flights: dict[bytes, Flight] = {}
+        unsent: list[Chunk] = []
+        used = fetched = 0
+        fate = Fate.LANDED
+        try:
+            while used < len(self.keys):
+                key = self.keys[used]
+                if key in self.held:
+                    unsent.append(self.held.pop(key))
+                    used += 1
+                    continue
+                flight = flights.get(key)
+                if flight is None:
+                    missing = [k for k in self.keys[used:] if k not in self.held and k not in flights]
+                    flights.update(self.fetcher.want(self.grant, missing, self.ask))
+                    flight = flights.get(key)
+                    if flight is None:
+                        fate = Fate.MISS
+                        break
+                if not flight.done.done() and unsent:
+                    self.send(report(self.id, unsent, self.ask.part, final=False))
+                    unsent = []
+                fate = await self._landing(flight)
+                if fate is Fate.DEADLINE and time.monotonic() < self.ask.deadline:
+                    # It was somebody else's deadline. The whole rest of that fetch ended with it: all of it gets a new
+                    # one together, with ours.
+                    flights = {k: f for k, f in flights.items() if not f.done.done() or f.chunk is not None}
+                    continue
+                chunk = flight.chunk
+                if fate is not Fate.LANDED or chunk is None or self.store.leased(self.grant, chunk.offset) is not chunk:
+                    break
+                unsent.append(chunk)
+                del flights[key]
+                used += 1
+                fetched += 1
+            moved = fetched * (self.ask.chunk_bytes if self.ask.part is None else self.ask.part.bytes)
+            self.send(report(self.id, unsent, self.ask.part, final=True, fetched=fetched, moved=moved, why=fate.value))
+        finally:
+            for flight in flights.values():
+                self.fetcher.leave(self.grant, flight)
+            for chunk in self.held.values():
+                self.store.release(self.grant, chunk)
+
+    async def _landing(self, flight: Flight) -> Fate:
+        try:
+            # A flight belongs to all who wait for it: one waiter's deadline must not end it for the others.
+            async with asyncio.timeout(max(0.0, self.ask.deadline - time.monotonic())):
+                return await asyncio.shield(flight.done)
+        except TimeoutError:
+            return Fate.DEADLINE
