@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kvmesh.keys import Namespace
-from kvmesh.transport.errors import AgentUnavailableError, KVMeshError
+from kvmesh.transport.errors import AgentUnavailableError, KVMeshError, LeaseError
 
 CHUNK = 16
 
@@ -83,6 +83,7 @@ class HitStandIn:
         self.count = len(views)
         self.reason = "complete"
         self.fail_at = fail_at
+        self.ran_out = False
         self.released = False
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -98,6 +99,8 @@ class HitStandIn:
         self.released = True
         for view in self.views:
             view.fill_(float("nan"))  # what is used after the release shows
+        if self.ran_out:
+            raise LeaseError("the leases of this hit ran out")
 
 
 class MeshStandIn:
@@ -108,6 +111,8 @@ class MeshStandIn:
         self.chunks: dict[bytes, torch.Tensor] = {}
         self.spaces: list[Namespace] = []
         self.deadlines: list[float] = []
+        self.rates: list[float | None] = []
+        self.ran_out = False
         self.asked: list[int] = []
         self.hits: list[HitStandIn] = []
         self.error: KVMeshError | None = None
@@ -115,11 +120,14 @@ class MeshStandIn:
         self.fetched = 0
         self.closed = False
 
-    def get(self, space: Namespace, chain: Sequence[bytes], *, deadline_s: float) -> HitStandIn:
+    def get(
+        self, space: Namespace, chain: Sequence[bytes], *, deadline_s: float, prefill_tokens_per_s: float | None
+    ) -> HitStandIn:
         if self.error is not None:
             raise self.error
         self.spaces.append(space)
         self.deadlines.append(deadline_s)
+        self.rates.append(prefill_tokens_per_s)
         self.asked.append(len(chain))
         views = []
         for key in chain:
@@ -127,6 +135,7 @@ class MeshStandIn:
                 break
             views.append(self.chunks[key].clone())
         self.hits.append(HitStandIn(views, min(self.fetched, len(views)), self.fail_at))
+        self.hits[-1].ran_out = self.ran_out
         return self.hits[-1]
 
     def put(self, space: Namespace, chunks: Mapping[bytes, Callable[[torch.Tensor], None]]) -> Any:

@@ -185,6 +185,16 @@ def test_an_agent_that_dies_while_loading_costs_only_what_did_not_land() -> None
     assert not mesh.closed, "a mesh that was given stays its owner's"
 
 
+def test_leases_that_ran_out_while_loading_cost_all_that_was_copied() -> None:
+    mesh, tokens = MeshStandIn(), prompt(5 * CHUNK + 2)
+    engine_of(mesh).generate(tokens, max_new_tokens=NEW)
+    mesh.ran_out = True
+    result = engine_of(mesh).generate(tokens, max_new_tokens=NEW, do_sample=False)
+    assert result.tokens_reused == 0
+    assert "ran out" in str(result.mesh_error)
+    assert torch.equal(result.sequences, plain(tokens))
+
+
 def test_no_agent_at_all_is_told_and_nothing_more(tmp_path: Any) -> None:
     tokens = prompt(3 * CHUNK)
     with engine_of(tmp_path / "nobody.sock") as engine:
@@ -267,11 +277,15 @@ def test_the_deadline_is_the_time_to_compute_what_is_missing() -> None:
     engine._rate.tokens_per_s = 100.0
     engine.generate(tokens, max_new_tokens=1)
     assert mesh.deadlines == [pytest.approx(4 * CHUNK / 100.0)]
+    assert mesh.rates == [100.0], "what would be slower than computing is not worth a fetch"
     engine._rate.tokens_per_s = 1e9
     assert engine.deadline_s(1000) == ENGINE_DEADLINE_MIN_S
     engine._rate.tokens_per_s = 1e-3
     assert engine.deadline_s(1000) == ENGINE_DEADLINE_MAX_S
-    assert engine_of(mesh, deadline_s=0.25).deadline_s(1000) == 0.25
+    ordered = engine_of(mesh, deadline_s=0.25)
+    assert ordered.deadline_s(1000) == 0.25
+    ordered.generate(tokens, max_new_tokens=1)
+    assert mesh.rates[1:] == [None], "a deadline that was given is an order"
 
 
 def test_the_rate_follows_long_prefills_only() -> None:
