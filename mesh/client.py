@@ -134,7 +134,7 @@ class Mesh:
         Raises `TensorError` and `ChunkTooLargeError`. What a fill function raises goes to the caller, and that chunk is
         not stored.
         """
-        from kvmesh import tensors
+        from kvmesh import pinning, tensors
 
         self._check_size(space)
         for value in chunks.values():
@@ -148,6 +148,8 @@ class Mesh:
             offsets = self._call(connection, request, protocol.Reserved).offsets
             new = [(key, offset) for key, offset in zip(keys, offsets, strict=True) if offset >= 0]
             arena, _ = connection.arenas
+            if new and any(tensors.on_gpu(value) for value in chunks.values()):
+                pinning.pin(arena, writable=True)
             sums: list[int] = []
             try:
                 for key, offset in new:
@@ -250,6 +252,17 @@ class Mesh:
         """Remove this node's copies, pinned or not; one that is being read goes after its last reader. Returns how
         many."""
         return self._count(protocol.Delete, chain)
+
+    def pin_memory(self) -> bool:
+        """Make the arena known to CUDA, so that copies between it and a GPU need no bounce buffer. An engine on a GPU
+        calls this once; it locks the whole arena into memory. Whether it is known now, for writing and for reading.
+        """
+        from kvmesh import pinning
+
+        with self._connection() as connection:
+            writable, readable = connection.arenas
+        # Both, whether or not the first one succeeds.
+        return all([pinning.pin(writable, writable=True), pinning.pin(readable, writable=False)])
 
     # --- the cluster -----------------------------------------------------------------------------------------------
     def locate(self, chain: Sequence[bytes]) -> dict[str, Any]:

@@ -90,6 +90,13 @@ def check(space: Namespace, value: Value) -> None:
             raise TensorError(f"tensor {name!r} has dtype {tensor.dtype}; its namespace says torch.{spec.dtype}")
 
 
+def on_gpu(value: Value) -> bool:
+    """Whether some of what a put takes lies in a GPU's memory. What a function will fill in is not known."""
+    if isinstance(value, torch.Tensor):
+        return value.is_cuda
+    return isinstance(value, Mapping) and any(tensor.is_cuda for tensor in value.values())
+
+
 def write(into: Views, value: Value) -> None:
     """Copy `value`, which `check` has passed, into the views of a reserved chunk."""
     if callable(value) and not isinstance(value, torch.Tensor):

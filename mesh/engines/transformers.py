@@ -225,6 +225,8 @@ class MeshModel:
         new = {chain[index]: filler(index) for index in range(loaded.chunks, len(chain))}
         try:
             with self._link.use() as mesh:
+                if self._geometry.device.type == "cuda":
+                    mesh.pin_memory()  # here, where no token waits: the first time takes seconds
                 return mesh.put(space, new).stored * space.chunk_tokens
         except KVMeshError as error:
             loaded.errors.append(str(error))
