@@ -73,7 +73,7 @@ class Agent:
             "store": asdict(self.store.stats()),
             "leases": {"open": len(self.grants), "expired": self.grants.expired},
             "inspection": dict(self.inspector.counts),
-            "fetch": dict(self.fetcher.counts),
+            "fetch": self.fetcher.stats(),
         }
 
     async def open(self, stack: AsyncExitStack) -> None:
@@ -88,6 +88,7 @@ class Agent:
             self.node.transport,
             self.node.discovery.map,
             self._address_of,
+            self.node.discovery.rtt_s,
             node=self.settings.name,
             shuffle=random.shuffle,
         )

@@ -1,86 +1,85 @@
 """Fetching: bringing chunks that peers hold into this node's arena, each of them once.
 
 A *flight* is one chunk on its way. Whoever wants the chunk meanwhile joins the flight instead of asking a peer again
-(single flight); at landing each of them gets a lease before anything else can evict the chunk. `best_holder` decides
-whom to ask: the node with the longest run from the first missing chunk, never merely the first that has something.
+(single flight); at landing each of them gets a lease before anything else can evict the chunk. A flight may bring a
+part of a chunk: then it goes by the name of the part, and so does what lands.
 
-A fetch never raises for what a peer does: what did not land by the deadline is a miss, and its extent goes back to the
-store once the transport says that nothing can write there any more. An answer "not held" corrects the map at once. Runs
-on the agent's loop; the bytes move in the transport.
+`Fetcher.want` asks the map who holds what from the front (`kvmesh.survey`), asks the price (`kvmesh.price`) and hands
+the rest to a *fetch* (`kvmesh.fetching`): the driver of one `ReadPlan`, which decides all that follows.
+
+    want ── survey ── price ── fetch ── plan
+                                └── read, read, …      one task each: landings → plan → commit
+
+A fetch never raises for what a peer does: what did not land by the deadline is a miss. Every read is the owner of its
+own extents. They stay reserved, in quarantine, until the transport says that nothing can write there any more; the
+read's task waits for that, and nobody waits for the task. Runs on the agent's loop; the bytes move in the transport.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 from kvmesh.arena import Arena
 from kvmesh.discovery import Run
-from kvmesh.store import Chunk, Owner, Refusal, Store
-from kvmesh.transport.interface import Outcome, Slice, Transport, Want
-from kvmesh.transport.limits import FETCH_FAILED_HOLDERS_MAX, FETCHES_MAX
+from kvmesh.fetching import Fetch, Read
+from kvmesh.keys import part_key
+from kvmesh.price import worth
+from kvmesh.rates import Rates
+from kvmesh.steps import Fate
+from kvmesh.store import Chunk, Owner, Store
+from kvmesh.survey import Holders, Peer, Surveyor
+from kvmesh.transport.interface import Outcome, Slice, Transport
+from kvmesh.transport.limits import (
+    FETCH_CLOSE_S,
+    FETCHES_MAX,
+    WIRE_WARNING_INTERVAL_S,
+)
+
+__all__ = ["Ask", "Fate", "Fetcher", "Flight"]
 
 log = logging.getLogger(__name__)
 
 
-class Fate(enum.StrEnum):
-    """How a flight ended, or why there was none. The words are what a hit gives as its reason."""
-
-    LANDED = "complete"
-    MISS = "miss"
-    """No node that could be asked has it."""
-    DEADLINE = "deadline"
-    FULL = "arena full"
-    """No room to receive it: the arena is full of leased, pinned or reserved chunks."""
-
-
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What is wanted of each chunk of a chain, and until when."""
+    """What is wanted of each chunk, and what it may cost."""
 
     space_id: bytes
     chunk_bytes: int
     """Of a whole chunk."""
     chunk_tokens: int
     deadline: float
-    """On the monotonic clock."""
+    """On the fetcher's clock."""
     prefill_tokens_per_s: float | None = None
-    """How fast whoever asks computes; None: it cannot, or does not say, and then no price is too high."""
+    """How fast whoever asks computes; None asks no price."""
     part: Slice | None = None
 
-
-class Holders(Protocol):
-    """What a fetch must know of the cluster."""
-
-    def runs(self, keys: Sequence[bytes], start: int = 0, *, exclude: Collection[str] = ()) -> list[Run]:
-        """For every node outside `exclude` that holds ``keys[start]``: how many it holds from there."""
-
-    def forget(self, node: str, key: bytes) -> bool:
-        """`node` said that it does not hold `key`."""
+    @property
+    def size_bytes(self) -> int:
+        """What lands for each chunk."""
+        return self.part.bytes if self.part is not None else self.chunk_bytes
 
 
 class Flight:
     """One chunk on its way, and the owners who get a lease of it when it lands."""
 
-    __slots__ = ("chunk", "done", "key", "waiters")
+    __slots__ = ("chunk", "done", "fetch", "key", "kept", "waiters")
 
     def __init__(self, key: bytes) -> None:
         self.key = key
+        """What it is stored under."""
         self.chunk: Chunk | None = None
         self.done: asyncio.Future[Fate] = asyncio.get_running_loop().create_future()
         self.waiters: list[Owner] = []
-
-
-def best_holder(runs: Sequence[Run]) -> Run | None:
-    """The holder with the longest run; of equals the one with the faster tier. `runs` comes in random order."""
-    order = {"gpu": 0, "ram": 1, "disk": 2}
-    return min(runs, key=lambda run: (-run.run_chunks, order[run.tier]), default=None)
+        self.kept = False
+        """It goes on when nobody waits for it: somebody has asked for it ahead of time."""
+        self.fetch: Fetch | None = None
 
 
 class Fetcher:
@@ -93,166 +92,149 @@ class Fetcher:
         transport: Transport,
         holders: Holders,
         address_of: Callable[[str], str | None],
+        rtt_of: Callable[[str], float | None],
         *,
         node: str,
         shuffle: Callable[[list[Run]], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`address_of(name)`: where a live node is reached, or None. `node`: this node, which is never asked."""
-        self._store = store
-        self._arena = arena
-        self._transport = transport
-        self._holders = holders
-        self._address_of = address_of
-        self._node = node
-        self._shuffle = shuffle
-        self._clock = clock
-        self._flights: dict[bytes, Flight] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        """`address_of(name)`: where a live node is reached, or None. `rtt_of(name)`: its round trip in seconds, as
+        membership measured it. `node`: this node, which is never asked."""
+        self.store = store
+        self.arena = arena
+        self.transport = transport
+        self.holders = holders
+        self.clock = clock
+        self.rates = Rates()
         self.counts: Counter[str] = Counter()
+        self._surveyor = Surveyor(holders, self.rates, transport.backend, address_of, rtt_of, shuffle, node)
+        self._flights: dict[bytes, Flight] = {}
+        self._fetches: set[Fetch] = set()
+        self._reads: set[Read] = set()
+        self._warned: dict[str, float] = {}
 
     def want(self, owner: Owner | None, keys: Sequence[bytes], ask: Ask) -> dict[bytes, Flight]:
-        """Put the front of the missing `keys` under way, as far as some node has them.
+        """Put the front of the missing `keys` under way, as far as some node has them and it pays.
 
-        `owner` gets a lease of each that lands, and must `leave` each flight; None wants no lease (prefetch).
+        The keys are those of whole chunks, whatever is asked of them. A flight that is done already says why there is
+        none. `owner` gets a lease of each that lands, and must `leave` each flight; None wants no lease (prefetch).
         """
+        part = ask.part
+        stored = {key: key if part is None else part_key(key, part) for key in keys}
+        fresh = [key for key in keys if stored[key] not in self._flights]
+        peers: list[Peer] = []
+        count = 0
+        refused = False
+        if fresh and len(self._fetches) < FETCHES_MAX:
+            count, refused, peers = self._prospect(fresh, ask)
+        flights: list[Flight] = []
         joined: dict[bytes, Flight] = {}
-        fresh: list[Flight] = []
-        obtainable = 0
-        if len(self._tasks) < FETCHES_MAX:
-            obtainable = self._obtainable([key for key in keys if key not in self._flights])
         for key in keys:
-            flight = self._flights.get(key)
+            flight = self._flights.get(stored[key])
             if flight is None:
-                if len(fresh) == obtainable:
+                if len(flights) == count and not refused:
                     break
-                flight = Flight(key)
-                fresh.append(flight)
+                flight = Flight(stored[key])
+                if refused:
+                    flight.done.set_result(Fate.PRICE if self.clock() < ask.deadline else Fate.DEADLINE)
+                    joined[key] = flight
+                    break
+                flights.append(flight)
             joined[key] = flight
             if owner is not None:
                 flight.waiters.append(owner)
-        if fresh:
-            for flight in fresh:
-                self._flights[flight.key] = flight
-            task = asyncio.create_task(self._fly(fresh, ask.space_id, ask.chunk_bytes, ask.deadline))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            else:
+                flight.kept = True
+        if flights:
+            self._flights.update((flight.key, flight) for flight in flights)
+            fetch = Fetch(self, flights, fresh[:count], peers, ask)
+            for flight in flights:
+                flight.fetch = fetch
+            self._fetches.add(fetch)
+            fetch.begin()
         return joined
 
-    def _obtainable(self, keys: Sequence[bytes]) -> int:
-        """How many of `keys`, from the front, some other node holds."""
-        count = 0
-        while count < len(keys):
-            runs = self._holders.runs(keys, count, exclude=(self._node,))
-            if not runs:
-                break
-            count += max(run.run_chunks for run in runs)
-        return count
+    def _prospect(self, keys: Sequence[bytes], ask: Ask) -> tuple[int, bool, list[Peer]]:
+        """How many of `keys`, from the front, to fetch; whether the price alone says none; and from whom."""
+        now = self.clock()
+        survey = self._surveyor.survey(keys, now)
+        if not survey.chunks:
+            return 0, False, []
+        count = worth(
+            survey.stretches,
+            chunk_bytes=ask.size_bytes,
+            chunk_tokens=ask.chunk_tokens,
+            rtt_s=survey.rtt_s,
+            prefill_tokens_per_s=ask.prefill_tokens_per_s,
+            left_s=ask.deadline - now,
+        )
+        if not count and now < ask.deadline:
+            self.counts["refused_by_price"] += 1
+        return count, not count, survey.peers
 
     def leave(self, owner: Owner, flight: Flight) -> None:
-        """`owner` does not wait for the flight any more; a lease that it got by it goes back."""
+        """`owner` does not wait for the flight any more; a lease that it got by it goes back. A fetch that nobody waits
+        for ends."""
         if not flight.done.done():
             flight.waiters.remove(owner)
+            if not flight.waiters and flight.fetch is not None:
+                flight.fetch.left()
         elif flight.chunk is not None:
-            self._store.release(owner, flight.chunk)
+            self.store.release(owner, flight.chunk)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start, and what is known of the paths to peers."""
+        names = (*(outcome.value for outcome in Outcome), "bytes", "reads", "hedges", "reassigned", "refused_by_price")
+        return {name: self.counts[name] for name in names} | {
+            "flights": len(self._flights),
+            "quarantined_bytes": sum(read.owed_bytes for read in self._reads if read.over),
+            "paths": self.rates.document(self.clock()),
+        }
 
     async def close(self) -> None:
-        """End every flight."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        """End every flight, and wait until nothing writes to the arena any more."""
+        for fetch in list(self._fetches):
+            fetch.stop()
+        tasks = [read.task for read in self._reads]
+        if tasks:
+            await asyncio.wait(tasks, timeout=FETCH_CLOSE_S)
+        for task in tasks:
+            task.cancel()  # of those that are left the transport will speak its last word when it closes
 
-    # --- one task: the flights of one chain --------------------------------------------------------------------------
-    async def _fly(self, flights: list[Flight], space_id: bytes, chunk_bytes: int, deadline: float) -> None:
-        owner = object()  # holds the reservations of this task alone
-        self._store.add_owner(owner)
-        pending = flights
-        failed: set[str] = set()
-        fate = Fate.MISS
-        try:
-            while pending and len(failed) < FETCH_FAILED_HOLDERS_MAX:
-                if self._clock() >= deadline:
-                    fate = Fate.DEADLINE
-                    break
-                runs = self._holders.runs([f.key for f in pending], exclude={self._node, *failed})
-                self._shuffle(runs)
-                run = best_holder(runs)
-                address = self._address_of(run.node) if run is not None else None
-                if run is None:
-                    break
-                if address is None:
-                    failed.add(run.node)
-                    continue
-                before = len(pending)
-                batch = self._reserve(owner, pending[: run.run_chunks], space_id, chunk_bytes)
-                pending = [f for f in pending if not f.done.done()]
-                if not batch and len(pending) == before:
-                    fate = Fate.FULL
-                    break
-                if batch and not await self._read(owner, run.node, address, batch, chunk_bytes, deadline):
-                    failed.add(run.node)
-                pending = [f for f in pending if not f.done.done()]
-            if pending and self._clock() >= deadline:
-                fate = Fate.DEADLINE
-        finally:
-            self._store.drop_owner(owner)
-            for flight in pending:
-                self._end(flight, fate)
-
-    def _reserve(
-        self, owner: Owner, flights: Sequence[Flight], space_id: bytes, chunk_bytes: int
-    ) -> list[tuple[Flight, int]]:
-        """Extents for as many of `flights` as there is room for, from the front."""
-        batch: list[tuple[Flight, int]] = []
-        for flight in flights:
-            offset = self._store.reserve(owner, flight.key, space_id, chunk_bytes)
-            if offset == Refusal.EXISTS:
-                self._land(flight, self._store.get(flight.key))  # a client put it meanwhile
-            elif offset < 0:
-                break
-            else:
-                batch.append((flight, offset))
-        return batch
-
-    async def _read(
-        self,
-        owner: Owner,
-        node: str,
-        address: str,
-        batch: Sequence[tuple[Flight, int]],
-        chunk_bytes: int,
-        deadline: float,
-    ) -> bool:
-        """Read `batch` from one holder. False when the holder did not give all of it."""
-        wants = [Want(flight.key, self._arena.view(offset, chunk_bytes)) for flight, offset in batch]
-        reading = self._transport.read(address, wants, deadline_s=max(0.0, deadline - self._clock()))
-        landed = 0
-        try:
-            async for landing in reading:
-                flight, _ = batch[landing.index]
-                self.counts[landing.outcome.value] += 1
-                if landing.outcome is Outcome.LANDED:
-                    landed += 1
-                    self.counts["bytes"] += chunk_bytes
-                    self._land(flight, self._store.commit(owner, flight.key, landing.checksum))
-                elif landing.outcome is Outcome.NOT_HELD:
-                    self._holders.forget(node, flight.key)
-                else:
-                    log.warning("chunk %s from %s: %s; not used", flight.key.hex()[:16], node, landing.outcome.value)
-        finally:
-            await reading.close()  # from here on nothing writes to the extents
-            for flight, _ in batch:
-                self._store.abandon(owner, flight.key)
-        return landed == len(batch)
-
-    def _land(self, flight: Flight, chunk: Chunk | None) -> None:
+    # --- for the fetches ---------------------------------------------------------------------------------------------
+    def land(self, flight: Flight, chunk: Chunk | None) -> None:
+        """The chunk of the flight is in the store."""
         flight.chunk = chunk
-        for waiter in flight.waiters:
-            self._store.lease(waiter, flight.key, self._clock())
-        self._end(flight, Fate.LANDED)
+        if flight.waiters:
+            now = self.clock()
+            for waiter in flight.waiters:
+                self.store.lease(waiter, flight.key, now)
+        self.end(flight, Fate.LANDED)
 
-    def _end(self, flight: Flight, fate: Fate) -> None:
-        if self._flights.get(flight.key) is flight:
-            del self._flights[flight.key]
+    def end(self, flight: Flight, fate: Fate) -> None:
+        """The flight is over."""
         if not flight.done.done():
+            del self._flights[flight.key]
             flight.done.set_result(fate)
+
+    def over(self, fetch: Fetch) -> None:
+        """A fetch has no flight left."""
+        self._fetches.discard(fetch)
+
+    def opened(self, read: Read) -> None:
+        """A read is under way."""
+        self._reads.add(read)
+        self.counts["reads"] += 1
+
+    def closed(self, read: Read) -> None:
+        """Nothing can write to the extents of the read any more."""
+        self._reads.discard(read)
+        self.store.drop_owner(read)
+
+    def warn(self, peer: str, key: bytes, outcome: Outcome) -> None:
+        """Say that a peer's chunk was not usable: once a peer and minute."""
+        now = self.clock()
+        if now - self._warned.get(peer, -WIRE_WARNING_INTERVAL_S) >= WIRE_WARNING_INTERVAL_S:
+            self._warned = {name: at for name, at in self._warned.items() if now - at < WIRE_WARNING_INTERVAL_S}
+            self._warned[peer] = now
+            log.warning("chunk %s from %s: %s; not used", key.hex()[:16], peer, outcome.value)

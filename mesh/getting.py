@@ -80,6 +80,7 @@ class Getting:
         unsent: list[Chunk] = []
         used = fetched = 0
         fate = Fate.LANDED
+        priced = False
         try:
             while used < len(self.keys):
                 key = self.keys[used]
@@ -99,9 +100,11 @@ class Getting:
                     self.send(report(self.id, unsent, self.ask.part, final=False))
                     unsent = []
                 fate = await self._landing(flight)
-                if fate is Fate.DEADLINE and time.monotonic() < self.ask.deadline:
-                    # It was somebody else's deadline. The whole rest of that fetch ended with it: all of it gets a new
-                    # one together, with ours.
+                others = fate is Fate.DEADLINE or (fate is Fate.PRICE and not priced)
+                if others and time.monotonic() < self.ask.deadline:
+                    # It was somebody else's deadline, or price. The whole rest of that fetch ended with it: all of it
+                    # gets a new one together, with ours. A price is asked once more only: it may be ours as well.
+                    priced = priced or fate is Fate.PRICE
                     flights = {k: f for k, f in flights.items() if not f.done.done() or f.chunk is not None}
                     continue
                 chunk = flight.chunk

@@ -7,7 +7,7 @@ A key is the keyed BLAKE2b-256 of (namespace, parent key, tokens):
     key[0]      = BLAKE2b-256(namespace | 32 zero bytes | tokens[0:n], key=tenant_key, person="kvmesh-chunk")
     key[i]      = BLAKE2b-256(namespace | key[i-1]      | tokens[i*n:(i+1)*n], key=tenant_key, person="kvmesh-chunk")
 
-    part        = BLAKE2b-256(key | offset | run | stride | count, person="kvmesh-part")      a slice of a chunk, as a chunk
+    part        = BLAKE2b-256(key | offset | run | stride | count, person="kvmesh-part")      a slice, as a chunk
 
 where n is `chunk_tokens` and tokens are little-endian uint32. The canonical bytes of a namespace are a row of texts in
 UTF-8, each with its length as a little-endian uint32 in front, so no two different namespaces have the same bytes:

@@ -243,7 +243,8 @@ class Session(asyncio.Protocol):
         keys = [k for k in protocol.unpack_keys(request.keys) if self._desk.store.get(k) is None]
         deadline, rate = time.monotonic() + _bounded(request.deadline_s), request.prefill_tokens_per_s
         ask = _ask(space, deadline, rate if rate and rate > 0 else None, None)
-        return len(self._desk.fetcher.want(None, keys, ask))
+        flights = self._desk.fetcher.want(None, keys, ask).values()
+        return sum(not flight.done.done() for flight in flights)  # one that is done already was refused
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """What waits for peers is a task; it ends with the connection."""

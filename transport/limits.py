@@ -118,7 +118,8 @@ REFUSAL_CHARS_MAX: Final = 512
 IO_THREADS: Final = 2
 """libzmq's threads of one transport: sending and receiving bulk do not share one."""
 BULK_LINKS_PER_PEER_MAX: Final = 2
-"""Connections for bulk to one peer. Reads at the same time spread over them."""
+"""Connections for bulk to one peer. Reads at the same time spread over them, so that a small read does not wait behind
+all of a large one; for the rate of several reads it is the same (1 measured 0.9-1.0 of 2)."""
 LINK_IDLE_S: Final = 60.0
 """A connection without a call or a read for so long is closed; the next one opens it again."""
 CONNECT_TIMEOUT_S: Final = 3.0
@@ -136,16 +137,15 @@ PARTS_PER_MESSAGE_MAX: Final = 64
 """Frames of one bulk message beside its header."""
 STAGE_BYTES: Final = 8 * KIB
 """The buffer of one bulk connection for headers and commands: more than `HEADER_BYTES_MAX`."""
-PIECE_BYTES: Final = 256 * KIB
+PIECE_BYTES: Final = 512 * KIB
 """Bytes of bulk that one system call receives at most: they are hashed while they are in the CPU's cache, and a
-cancelled read is heard between two of them."""
+cancelled read is heard between two of them. 512 KiB cost 10-15 % less of the CPU than 256, and 1 MiB no less."""
 UNSENT_BYTES_MAX: Final = 8 * MIB
 """Bytes that wait to be sent on one bulk connection: some lists of wanted chunks. A read beyond it is refused."""
 NAMES_AT_ONCE_MAX: Final = 8
 """Host names that are looked up at the same time."""
 LOANS_RETURN_S: Final = 5.0
 """How long a closing transport waits for libzmq to be done with the last frames. It takes milliseconds."""
-
 INSTANCE_BYTES: Final = 16
 """The random name of one transport, and of one reader's link to it: a restarted peer has another."""
 OFFER_BYTES_MAX: Final = 64 * KIB
@@ -155,34 +155,44 @@ OFFER_WAIT_S: Final = 0.02
 """How long the first read of a peer waits to learn a faster way than ``zmq``: what 256 MiB take over TCP are 50 ms."""
 OFFER_WAIT_BYTES_MIN: Final = 1 * MIB
 """A first read of less does not wait: it is over before the answer is there."""
-OFFER_KEPT_S: Final = 60.0
-"""How long a peer's offers are believed without a link that shows that the peer is still the same."""
 OFFERS_KEPT_MAX: Final = 1024
 """Peers whose offers are remembered. Beyond it the one that was used least recently is asked again."""
 BACKEND_RETRY_S: Final = 30.0
 """A backend that failed for a peer is left out for so long."""
+OFFER_KEPT_S: Final = BACKEND_RETRY_S
+"""How long a peer's offers are believed before it is asked again, beside the reads that go on."""
 LEND_LEASE_S: Final = 5.0
 """The longest lease of chunks that a reader takes itself: a reader that dies keeps them from eviction no longer. One
 that still moves renews it."""
+LEND_RENEW_S: Final = LEND_LEASE_S / 2
+"""How long after it asked for a lease the reader asks for more time, if it still moves."""
 LEND_MARGIN_S: Final = 0.25
 """So long before a lease ends by its own clock the reader stops to rely on it."""
-LEND_BATCH_BYTES: Final = 8 * MIB
-"""Chunks that are lent, moved and given back together, but for a single larger one: one millisecond of copying."""
+LEND_BATCH_BYTES_MIN: Final = 2 * MIB
+"""Chunks that are lent, moved and given back together, at the front of a read: they land together, and an engine waits
+for the first."""
+LEND_BATCH_BYTES_MAX: Final = 32 * MIB
+"""The same further back, where each batch has twice the bytes of the one before it: three milliseconds of copying,
+beside which the calls of a batch cost little. A single chunk may be larger."""
 LEND_BATCH_CHUNKS_MAX: Final = 1024
 LEND_BATCHES_AT_ONCE: Final = 2
 """Batches of one read: the next one is lent while the first is moved."""
 LEND_RUNS_MAX: Final = 4096
-"""Runs of a part that a reader takes itself; of one with more the holder gathers them."""
+"""Runs of one part, or of all parts in a batch, that a reader takes itself; of more, the holder gathers them."""
+LEND_RUN_BYTES_MIN: Final = 4 * KIB
+"""Parts with smaller runs are gathered by the holder: each run that a reader takes costs it some microseconds."""
 LEASES_PER_READER_MAX: Final = 128
 LEASES_MAX: Final = 4096
 LENT_BYTES_PER_READER_MAX: Final = 2 * GIB
 LENT_CHUNKS_MAX: Final = 1 << 18
 """Chunks lent to all readers that take the bytes themselves."""
+GIVE_BACK_GATHER_S: Final = 0.002
+"""How long leases that are not needed any more wait for others, to be given back by one call."""
 GIVE_BACK_TIMEOUT_S: Final = 1.0
-"""For the call that gives a batch back. When it fails the lease ends by itself."""
+"""For the call that gives leases back. When it fails they end by themselves."""
 COPY_THREADS: Final = 2
 """Threads of one transport that copy and hash. Two reach what the memory gives; one does not."""
-COPY_STEP_BYTES: Final = 256 * KIB
+COPY_STEP_BYTES: Final = 512 * KIB
 """Bytes that are copied, then hashed while they are in the processor's cache; a cancelled copy is heard in between."""
 COPY_ON_LOOP_BYTES_MAX: Final = 256 * KIB
 """So little is copied or hashed at once: waking a thread takes longer."""
@@ -377,8 +387,74 @@ RATE_SAMPLE_S_MIN: Final = 0.002
 """A window of fewer bytes or less time tells more about the process's own turns than about the path."""
 RATE_STALE_S: Final = 30.0
 """After so long without a sample a rate is unknown again: a peer that was slow is tried once more."""
+RATE_SAMPLE_S_LONG: Final = 0.1
+"""A window of so much time tells about the path, however few its bytes."""
+PLAN_HOLDERS_MAX: Final = 8
+"""Holders that one plan reads from: the best; more would only make shares smaller."""
+PLAN_STRETCHES_MAX: Final = 64
+"""Places of one chain at which the map is asked who goes on from there."""
+PLAN_READS_PER_HOLDER_MAX: Final = 2
+"""Reads of one plan that are open at one holder: one that is nearly done, and the next."""
+PLAN_RATE_ASSUMED_BYTES_PER_S: Final = 125_000_000
+"""Of a holder whose rate is not known, for comparing: 1 Gbit/s, the slowest link that carries a cluster."""
+PLAN_FIRST_SHARE_BYTES: Final = 4 * MIB
+"""What a holder of unknown rate is asked for first, beside others: enough to tell, and soon done again elsewhere."""
+PLAN_SHARE_S_MIN: Final = 0.002
+"""The shortest share, in time: below it reads cost more than the balance that they bring."""
+PLAN_PRIOR_S_MIN: Final = 0.01
+"""How long a plan must see a holder at work until what it sees weighs as much as the rate that was known before."""
+PLAN_LATE_FACTOR: Final = 3
+"""A chunk is late when it takes so many times as long as expected, ..."""
+PLAN_LATE_S_MIN: Final = 0.02
+"""... and so much longer: a process that had no turn for a moment is no straggler."""
+PLAN_SLOW_FACTOR: Final = 2
+"""A holder that is late is left when the others would do its rest so many times sooner."""
+PLAN_HEDGE_BYTES_MAX: Final = 4 * MIB
+"""What a hedge asks for a second time (and one chunk at least): the front, not the whole share."""
+READ_GRACE_S: Final = 0.05
+"""How long after the deadline of a fetch its reads end by themselves: the plan is to end them before."""
+FETCH_CLOSE_S: Final = 5.0
+"""How long a node that closes waits for its last reads to say that nothing is written any more."""
 EXPIRY_SWEEP_S: Final = 1.0
 """How often an agent looks for chunks whose ``ttl_s`` is over, and for leases that nobody renewed."""
 SESSION_BACKLOG_BYTES_MAX: Final = 16 * MIB
 """Answers that wait for a client that does not read. Beyond it the connection is closed."""
 PREFETCH_DEADLINE_DEFAULT_S: Final = 10.0
+
+# --- reads through NIXL ----------------------------------------------------------------------------------------------
+NIXL_OFFER_BYTES_MAX: Final = 64 * KIB
+NIXL_METADATA_BYTES_MAX: Final = 32 * KIB
+"""A peer's agent in NIXL's own encoding: 300 bytes over TCP, a few KiB with many network cards."""
+NIXL_NAME_CHARS_MAX: Final = 64
+NIXL_MESSAGE_BYTES_MAX: Final = 1 * MIB
+"""One message between an agent and its NIXL process."""
+NIXL_RUNS_PER_MESSAGE: Final = 4096
+"""Runs that one message names; 27 bytes each at most."""
+NIXL_MEETINGS_MAX: Final = 256
+"""Peers that one reading process meets: UCX keeps a connection of each. The next process begins with none."""
+NIXL_TRANSFER_BYTES_MAX: Final = 4 * MIB
+"""What is given to NIXL at once: it cannot be called back, so a stop waits for it."""
+NIXL_TRANSFER_RUNS_MAX: Final = 256
+NIXL_WINDOW_BYTES: Final = 16 * MIB
+"""What is under way from one peer at once."""
+NIXL_PROBE_BYTES: Final = 64
+"""What is read from a new peer to see whether it can be reached."""
+NIXL_CONNECT_S: Final = 2.0
+NIXL_STOP_GRACE_S: Final = 1.0
+"""How long a stopped move may take to end by itself; then the reading process is ended, and its other moves begin again
+in the next one."""
+NIXL_MOVE_STARTS_MAX: Final = 2
+"""Processes that one move is given to: the second after the death of the first was not its peer's doing."""
+NIXL_OPEN_S: Final = 3.0
+"""How long an agent's start waits for NIXL's."""
+NIXL_START_S: Final = 20.0
+NIXL_STEADY_S: Final = 10.0
+"""A process that lived so long may be followed by the next one at once."""
+NIXL_RESTART_INTERVAL_MIN_S: Final = 0.05
+"""Before the next process; it doubles each time that one was not steady."""
+NIXL_RESTART_INTERVAL_MAX_S: Final = 30.0
+NIXL_POLL_MIN_S: Final = 50e-6
+"""Between two looks at transfers under way, when the last one found something. It doubles up to the next bound."""
+NIXL_POLL_MAX_S: Final = 1e-3
+NIXL_SERVE_POLL_MS: Final = 5
+"""UCX wakes NIXL's thread when something comes; this is how often it looks nevertheless, as UCX misses a wake-up."""

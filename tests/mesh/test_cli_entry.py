@@ -13,7 +13,7 @@ from tests.mesh.cli_fakes import Cli, FakeView
 
 COMMANDS = [
     "agent", "controller", "nodes", "map", "locate", "keys", "put", "get", "pin", "unpin", "evict", "keygen", "doctor",
-    "demo",
+    "demo", "bench",
 ]  # fmt: skip
 
 
