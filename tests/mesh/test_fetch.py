@@ -415,3 +415,43 @@ def test_what_ended_by_another_readers_deadline_is_fetched_again_together(
     short.close()
     long.close()
     assert agents.do(r.store.stats).leases == 0
+
+
+def at_rest_soon(agents: LocalAgents, r: Agent) -> None:
+    agents.wait_for(lambda: r.fetcher.stats()["flights"] == 0)
+    at_rest(agents, r)
+
+
+def waiting(r: Agent) -> int:
+    """How many wait for flights, over all flights."""
+    return sum(len(flight.waiters) for flight in r.fetcher._flights.values())
+
+
+# --- whoever asked goes away -----------------------------------------------------------------------------------------
+def test_a_fetch_that_nobody_waits_for_any_more_ends(agents: LocalAgents) -> None:
+    chain = SPACE.chain(list(range(20 * 16)))
+    r = reader(agents, {"a": chain})
+    agents.do(lambda: agents.network.stall("a"))
+    mesh = agents.mesh("r")
+    hits = [mesh.get(SPACE, chain, deadline_s=1000) for _ in range(2)]
+    agents.wait_for(lambda: waiting(r) == 2 * len(chain))
+    hits[0].close()
+    agents.wait_for(lambda: waiting(r) == len(chain))
+    assert agents.do(r.fetcher.stats)["flights"] == len(chain), "the other one still waits"
+    hits[1].close()
+    at_rest_soon(agents, r)
+
+
+def test_a_prefetch_goes_on_when_a_get_that_joined_it_goes_away(agents: LocalAgents) -> None:
+    chain = SPACE.chain(list(range(20 * 16)))
+    r = reader(agents, {"a": chain})
+    agents.do(lambda: agents.network.stall("a"))
+    mesh = agents.mesh("r")
+    assert mesh.prefetch(SPACE, chain, deadline_s=20) == len(chain)
+    hit = mesh.get(SPACE, chain, deadline_s=20)
+    agents.wait_for(lambda: waiting(r) == len(chain))
+    hit.close()
+    agents.wait_for(lambda: not waiting(r))
+    agents.do(lambda: agents.network.resume("a"))
+    agents.wait_for(lambda: r.store.stats().chunks == len(chain))
+    at_rest_soon(agents, r)
