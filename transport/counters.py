@@ -24,9 +24,13 @@ class Counters:
     malformed: int = 0
     refused: int = 0
     peers_lost: int = 0
+    expired: int = 0
+    bytes_read_shm: int = 0
+    bytes_read_nixl: int = 0
+    fallbacks: int = 0
 
 
-def total(parts: Iterable[Counters]) -> TransportStats:
-    """The sum of what several threads counted."""
+def total(parts: Iterable[Counters | TransportStats]) -> TransportStats:
+    """The sum of what several threads, or parts of a transport, counted."""
     kept = list(parts)
     return TransportStats(**{name.name: sum(getattr(part, name.name) for part in kept) for name in fields(Counters)})

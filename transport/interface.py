@@ -172,6 +172,14 @@ class TransportStats:
     """Requests from peers that were refused because a bound was reached."""
     peers_lost: int = 0
     """Reads that ended because the connection to the holder went away."""
+    expired: int = 0
+    """Reads and leases of peers that this node ended because their time was over."""
+    bytes_read_shm: int = 0
+    """Of `bytes_read`: what was copied out of the arena of a peer on this host."""
+    bytes_read_nixl: int = 0
+    """Of `bytes_read`: what NIXL moved."""
+    fallbacks: int = 0
+    """Reads that went on by the next backend after one had failed for the holder."""
 
 
 class Transport(Protocol):

@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from .errors import CallerError
-from .interface import Landing, Want
-from .limits import CHAIN_CHUNKS_MAX, CHUNK_BYTES_MAX, KEY_BYTES
+from .interface import Landing, Slice, Want
+from .limits import CHAIN_CHUNKS_MAX, CHUNK_BYTES_MAX, KEY_BYTES, SLICE_RUNS_MAX, SLICES_PER_READ_MAX
 
 
 def check_wants(wants: Sequence[Want]) -> None:
@@ -25,6 +25,26 @@ def check_wants(wants: Sequence[Want]) -> None:
             raise CallerError(f"a key has {KEY_BYTES} bytes, not {len(want.key)}")
         if want.into.readonly or not want.into.c_contiguous or not 0 < want.into.nbytes <= CHUNK_BYTES_MAX:
             raise CallerError(f"a chunk is read into a writable, contiguous buffer of 1 to {CHUNK_BYTES_MAX} bytes")
+    parts = set()
+    for want in wants:
+        if want.part is not None:
+            parts.add((want.part, want.chunk_bytes))
+            if want.into.nbytes != want.part.bytes:
+                raise CallerError(f"a part of {want.part.bytes} bytes is read into {want.into.nbytes}")
+    for part, chunk_bytes in parts:
+        _check_part(part, chunk_bytes)
+    if len({part for part, _ in parts}) > SLICES_PER_READ_MAX:
+        raise CallerError(f"more than {SLICES_PER_READ_MAX} different slices in one read")
+
+
+def _check_part(part: Slice, chunk_bytes: int) -> None:
+    runs = part.run_bytes > 0 and 1 <= part.count <= SLICE_RUNS_MAX
+    if not runs or (part.count > 1 and part.stride_bytes < part.run_bytes):
+        raise CallerError(f"a slice has 1 to {SLICE_RUNS_MAX} runs of at least a byte that do not overlap, not {part}")
+    if part.offset_bytes < 0 or not 0 <= part.stride_bytes <= CHUNK_BYTES_MAX:
+        raise CallerError(f"a slice lies in its chunk, not {part}")
+    if part.end > chunk_bytes or chunk_bytes > CHUNK_BYTES_MAX:
+        raise CallerError(f"{part} ends beyond its chunk of {chunk_bytes} bytes")
 
 
 class LandingStream:

@@ -174,16 +174,16 @@ for the first."""
 LEND_BATCH_BYTES_MAX: Final = 32 * MIB
 """The same further back, where each batch has twice the bytes of the one before it: three milliseconds of copying,
 beside which the calls of a batch cost little. A single chunk may be larger."""
-LEND_BATCH_CHUNKS_MAX: Final = 1024
-LEND_BATCHES_AT_ONCE: Final = 2
-"""Batches of one read: the next one is lent while the first is moved."""
+LEND_BATCH_CHUNKS_MAX: Final = 256
+LEND_BATCHES_AT_ONCE: Final = 4
+"""Batches of one read: while some are moved, the next are lent."""
 LEND_RUNS_MAX: Final = 4096
 """Runs of one part, or of all parts in a batch, that a reader takes itself; of more, the holder gathers them."""
 LEND_RUN_BYTES_MIN: Final = 4 * KIB
 """Parts with smaller runs are gathered by the holder: each run that a reader takes costs it some microseconds."""
-LEASES_PER_READER_MAX: Final = 128
+LEASES_PER_READER_MAX: Final = 64 * LEND_BATCHES_AT_ONCE
 LEASES_MAX: Final = 4096
-LENT_BYTES_PER_READER_MAX: Final = 2 * GIB
+LENT_BYTES_PER_READER_MAX: Final = 8 * GIB
 LENT_CHUNKS_MAX: Final = 1 << 18
 """Chunks lent to all readers that take the bytes themselves."""
 GIVE_BACK_GATHER_S: Final = 0.002

@@ -2,17 +2,19 @@
 
 A frame is sent without a copy, so the chunk must stay as it is until libzmq has written the frame to the connection
 or dropped it. pyzmq keeps a reference to the sent buffer until then, and drops it in a thread of its own (its "gc"
-thread). So each loan is exported through a numpy array that nothing else refers to: when the array dies, no frame is
-left, and the loan goes back. The array's end is only noted in that thread; the loan is released on the loop, where
-the source lives, a batch at a time.
+thread). So loans are exported through a numpy array that nothing else refers to: when the array dies, no frame is
+left, and they go back. The array's end is only noted in that thread; loans are released on the loop, where the source
+lives, a batch at a time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import weakref
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -32,21 +34,43 @@ def lend(source: ChunkSource | None, key: bytes) -> Loan | None:
         return None
 
 
+def suspect(source: ChunkSource | None, key: bytes) -> None:
+    """Tell `source` that its chunk `key` may be wrong."""
+    if source is not None:
+        try:
+            source.suspect(key)
+        except Exception:
+            log.exception("the source of chunks failed")
+
+
 class LoansOut:
     """The loans whose bytes libzmq may still read. Runs on the loop, but for `_note`."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: ChunkSource | None) -> None:
         self._loop = asyncio.get_running_loop()
-        self._dead: deque[Loan] = deque()
+        region = source.region if source is not None else None
+        self._arena = None
+        if region is not None:
+            self._arena = np.ctypeslib.as_array((ctypes.c_uint8 * region.size_bytes).from_address(region.address))
+        self._dead: deque[Sequence[Loan]] = deque()
         self._noted = False
         self._out = 0
         self._none_out = asyncio.Event()
         self._none_out.set()
 
-    def export(self, loan: Loan) -> memoryview:
-        """The loan's bytes, to be sliced and sent. The loan is released when the view and all its slices are gone."""
-        array = np.frombuffer(loan.buffer, np.uint8)
-        weakref.finalize(array, self._note, loan).atexit = False
+    def follow(self, first: Loan, second: Loan) -> bool:
+        """Whether the bytes of the second come right after the first's, in one arena: then the two are one stretch."""
+        return self._arena is not None and first.offset + first.buffer.nbytes == second.offset
+
+    def export(self, loans: Sequence[Loan]) -> memoryview:
+        """The bytes of one loan, or of loans that `follow` each other, to be sliced and sent. They are released when
+        the view and all its slices are gone."""
+        if len(loans) == 1:
+            array = np.frombuffer(loans[0].buffer, np.uint8)
+        else:
+            assert self._arena is not None
+            array = self._arena[loans[0].offset : loans[-1].offset + loans[-1].buffer.nbytes]
+        weakref.finalize(array, self._note, loans).atexit = False
         self._out += 1
         self._none_out.clear()
         return array.data
@@ -55,11 +79,11 @@ class LoansOut:
         """Wait until no loan is out."""
         await self._none_out.wait()
 
-    def _note(self, loan: Loan) -> None:
+    def _note(self, loans: Sequence[Loan]) -> None:
         """The exported array is going. Called in whichever thread dropped it last; does not block."""
-        self._dead.append(loan)
+        self._dead.append(loans)
         if self._noted:
-            return  # the release that is due finds this one as well
+            return  # the release that is due finds these as well
         self._noted = True
         try:
             self._loop.call_soon_threadsafe(self._release)
@@ -69,7 +93,8 @@ class LoansOut:
     def _release(self) -> None:
         self._noted = False
         while self._dead:
-            self._dead.popleft().release()
+            for loan in self._dead.popleft():
+                loan.release()
             self._out -= 1
         if not self._out:
             self._none_out.set()

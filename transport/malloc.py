@@ -1,9 +1,10 @@
 """Lets the C allocator keep the pages of freed frames.
 
-libzmq allocates each frame that it receives. glibc would give a freed frame's pages back to the kernel at once, and
-the next frame would fault them in again, one by one: measured, that costs more than receiving the bytes does. Kept
-pages are bounded by `KEPT_BYTES` for each of libzmq's threads. Process-wide, so only a node's own process (an agent,
-a controller) opens a transport.
+A holder packs small chunks into frames of its own, which libzmq's threads free. glibc would give a freed frame's pages
+back to the kernel at once, and the next frame would fault them in again, one by one: measured with chunks of 64 KiB,
+34,000 faults and 80 ms of the CPU for 256 MiB, more than all else that a holder does for them. Kept pages are bounded
+by `KEPT_BYTES` for each arena of the allocator. Process-wide, so only a node's own process (an agent, a controller)
+opens a transport. Bulk that is received needs none of this: it goes straight to where it belongs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """The transport within one process: a network of names, for tests and simulations of what runs above a transport.
 
 It keeps every rule of interface.py: bytes are copied a frame at a time with a turn of the loop in between, checksums
-are verified, loans are counted, bounds are the same. It adds what a test wants to do to a network, on
+are verified, loans are counted, bounds are the same. A whole chunk is verified where it is read, and a part of one
+where it is held, before the part is taken; either way a wrong one is told to the holder's source. Both ends of a read
+are one task, so a holder keeps nothing beyond the reader's deadline. It adds what a test wants to do to a network, on
 `MemoryNetwork`:
 
 | call | as if |
@@ -17,6 +19,7 @@ loop.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator, Sequence
 
@@ -28,7 +31,8 @@ from .errors import KVMeshError, ProtocolError, SettingsError, UnreachableError
 from .interface import CallHandler, ChunkSource, Landing, Loan, Outcome, TransportStats, Want
 from .landings import LandingStream, check_wants
 from .limits import CALLS_SERVED_MAX, FRAME_BYTES_DEFAULT, MESSAGE_BYTES_MAX, READS_SERVED_MAX
-from .loans import lend
+from .loans import lend, suspect
+from .slices import taken
 
 log = logging.getLogger(__name__)
 
@@ -197,9 +201,11 @@ class MemoryTransport:
 
     def lend(self, key: bytes) -> Loan | None:
         """The chunk, for a reading of the other end."""
-        loan = lend(self._source, key)
-        self.counters.not_held += loan is None
-        return loan
+        return lend(self._source, key)
+
+    def suspect(self, key: bytes) -> None:
+        """A chunk of this node is not what was put. For the other end's use."""
+        suspect(self._source, key)
 
     def backend(self, address: str) -> str:
         """As `Transport.backend`."""
@@ -261,32 +267,47 @@ class MemoryReading:
         try:
             peer = await self._network.reach(self._reader, self._address)
             if peer.serve(self):
-                for index, want in enumerate(wants):
+                for key, group in itertools.groupby(enumerate(wants), lambda numbered: numbered[1].key):
                     await self._network.reach(self._reader, self._address)
-                    self._stream.put([await self._copy(peer, index, want)])
+                    await self._read_chunk(peer, key, list(group))
         except UnreachableError:
             self.lose()
         self._stream.end()
 
-    async def _copy(self, peer: MemoryTransport, index: int, want: Want) -> Landing:
-        loan = peer.lend(want.key)
+    async def _read_chunk(self, peer: MemoryTransport, key: bytes, wants: Sequence[tuple[int, Want]]) -> None:
+        loan = peer.lend(key)
         if loan is None:
-            self._counters.not_held += 1
-            return Landing(index, Outcome.NOT_HELD, 0)
+            for counters in (peer.counters, self._counters):
+                counters.not_held += len(wants)
+            self._stream.put([Landing(index, Outcome.NOT_HELD, 0) for index, _ in wants])
+            return
         try:
-            if loan.buffer.nbytes != want.into.nbytes:
-                return Landing(index, Outcome.WRONG_SIZE, loan.checksum)
-            for start in range(0, want.into.nbytes, FRAME_BYTES_DEFAULT):
-                _copy_frame(want.into, loan.buffer, start)
-                await asyncio.sleep(0)
-                await self._network.reach(self._reader, self._address)
-            expected = loan.checksum
-            peer.counters.chunks_served += 1
-            peer.counters.bytes_served += want.into.nbytes
+            sound = all(want.part is None for _, want in wants) or checksum(loan.buffer) == loan.checksum
+            if not sound:
+                peer.counters.corrupt += 1
+                peer.suspect(key)
+            for index, want in wants:
+                self._stream.put([await self._copy(peer, loan, sound, index, want)])
         finally:
             loan.release()
+
+    async def _copy(self, peer: MemoryTransport, loan: Loan, sound: bool, index: int, want: Want) -> Landing:
+        if loan.buffer.nbytes != want.whole_bytes:
+            return Landing(index, Outcome.WRONG_SIZE, loan.checksum)
+        if not sound:
+            self._counters.corrupt += 1
+            return Landing(index, Outcome.CORRUPT, 0)
+        origin = loan.buffer if want.part is None else taken(loan.buffer, want.part)
+        expected = loan.checksum if want.part is None else checksum(origin)
+        for start in range(0, want.into.nbytes, FRAME_BYTES_DEFAULT):
+            _copy_frame(want.into, origin, start)
+            await asyncio.sleep(0)
+            await self._network.reach(self._reader, self._address)
+        peer.counters.chunks_served += 1
+        peer.counters.bytes_served += want.into.nbytes
         if checksum(want.into) != expected:
             self._counters.corrupt += 1
+            peer.suspect(want.key)
             return Landing(index, Outcome.CORRUPT, expected)
         self._counters.chunks_read += 1
         self._counters.bytes_read += want.into.nbytes

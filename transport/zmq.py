@@ -2,10 +2,11 @@
 
     this node                                              a peer
     Caller      (loop)    DEALER ── calls, answers ──────── ROUTER  Server   (loop): handler, Lender
-    BulkThread  (thread)  DEALER ── reads, credit, bulk ───   "
+    BulkThread  (thread)  ZMTP   ── reads, credit, bulk ───   "
 
-Control and bulk have connections of their own, so a call never waits behind a chunk. Bytes move in libzmq's threads
-and in the copies of the bulk thread; the loop decides and counts. For now peers are not authenticated (mechanism
+Control and bulk have connections of their own, so a call never waits behind a chunk. The holder's bytes leave from
+the arena in libzmq's threads; the reader's bulk thread speaks ZMTP over plain sockets, and so receives them straight
+into the buffers that wait for them. The loop decides and counts. For now peers are not authenticated (mechanism
 NULL), so a transport listens on loopback only. This module puts the parts together; what each does is in its own
 file.
 """
@@ -21,8 +22,9 @@ from .interface import CallHandler, ChunkSource, Landing, TransportStats, Want
 from .landings import LandingStream, check_wants
 from .limits import LOANS_RETURN_S
 from .malloc import keep_freed_pages
-from .zmq_bulk import BulkRead, BulkThread
+from .zmq_bulk import BulkThread
 from .zmq_calls import Caller
+from .zmq_reads import BulkRead
 from .zmq_serve import Server
 from .zmq_sockets import Sockets
 
@@ -48,7 +50,7 @@ class ZmqTransport:
         self._on_loop, self._in_thread = Counters(), Counters()
         self._server = Server(router, source, handler, self._on_loop)
         self._caller = Caller(sockets, self._on_loop)
-        self._bulk = BulkThread(sockets, self._in_thread)
+        self._bulk = BulkThread(self._in_thread, sockets.close)  # it may block: not on the loop
         self._closing: asyncio.Task[None] | None = None
 
     @property
@@ -97,7 +99,7 @@ class ZmqReading:
         self._bulk = bulk
         self._stream = LandingStream(len(wants), deadline_s, self._stop)
         self._quiet = asyncio.Event()
-        self._read = BulkRead(address, tuple(wants), self._stream.put, self._ended)
+        self._read = BulkRead(address, tuple(wants), max(0.0, deadline_s) + 1.0, self._stream.put, self._ended)
         if wants:
             bulk.start(self._read)
         else:

@@ -79,7 +79,7 @@ class Caller:
         link: _Link = _Link(
             address,
             WatchedSocket(
-                *self._sockets.connect(address, bulk=False),
+                *self._sockets.connect(address),
                 lambda parts: self._receive(link, parts),
                 lambda ready: self._event(link, ready),
             ),

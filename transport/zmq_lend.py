@@ -1,75 +1,88 @@
-"""The holder's end of reads: what to send next, to whom, and when to give up on a reader.
+"""The holder's end of reads: whose turn it is, how far a reader may go, and when to give up on one.
 
-Each served read has a list of wanted chunks, a place in it, and credit. A *turn* of a read sends one message: one
-piece of a large chunk, straight from the arena, or several small chunks copied into one frame. Reads that have work
-and credit take turns, so many readers share the node evenly whatever each of them asks for. A chunk is leased when
-its first piece is sent, and given back when libzmq is done with the last one (loans.py): credit therefore bounds what
-a reader keeps from eviction.
+Each served read has credit, a lease of time, and a `Packer` that turns what it wants into messages (zmq_pack.py). A
+*turn* of a read is one step of its packer: mostly one message. Readers that have something to do share the node evenly
+by bytes, whatever each of them asks for and in however many reads: each gets `TURN_BYTES`, then the next; what it takes
+beyond that counts against its next turn. Verified bytes count like sent ones. A chunk is leased when its first piece is
+sent, and given back when libzmq is done with the last one (loans.py): credit therefore bounds what a reader keeps from
+eviction, and what waits in libzmq for it.
 
-A read ends when all is sent, when the reader cancels it or is gone, or when it has had work and no credit for too
-long. Knows nothing of sockets: `send` takes (reader, message), and raises `zmq.Again` for "not now" and
-`zmq.ZMQError` for "gone". Runs on the loop.
+Calls do not wait behind bulk: they have connections of their own, and after `PUMP_BYTES` at the latest the loop gets
+its turn.
+
+A read ends when all is sent, when the reader cancels it or is gone, when its lease of time is over, or when it has had
+work and no credit for too long. Knows nothing of sockets: `send` takes (reader, message), and raises `zmq.Again` for
+"not now" and `zmq.ZMQError` for "gone". Runs on the loop.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+import logging
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import zmq
 
 from .counters import Counters
-from .frames import HELD, NOT_HELD, WANTED, WRONG_SIZE, Buffer, Bulk, Item, Read, cost, encode, wanted
-from .interface import ChunkSource, Loan
+from .frames import Buffer, Read, Wanted
+from .interface import ChunkSource
 from .limits import (
     FRAME_BYTES_DEFAULT,
     FRAMES_PER_WINDOW,
-    ITEM_COST_BYTES,
-    ITEMS_PER_MESSAGE_MAX,
-    MESH_PROTOCOL_VERSION,
+    MIB,
     READS_PER_PEER_MAX,
     READS_SERVED_MAX,
     SERVED_READ_IDLE_S,
-    SMALL_CHUNK_BYTES,
     WANTS_SERVED_MAX,
 )
-from .loans import LoansOut, lend
+from .loans import LoansOut
+from .zmq_pack import Packer
 
+log = logging.getLogger(__name__)
+
+TURN_BYTES: Final = 1 * MIB
+"""What a reader gets before the next one."""
+PUMP_BYTES: Final = 4 * MIB
+"""What is verified and copied before the loop gets its turn: some 0.5 ms."""
 TURNS_AT_ONCE: Final = 16
-"""Messages that are sent before the loop gets its turn."""
+"""Turns before the loop gets its own: a message that is sent without a copy takes some 30 us."""
 Send = Callable[[bytes, Sequence[Buffer]], None]
-
-
-@dataclass(slots=True)
-class _Piecewise:
-    """The large chunk whose pieces are being sent."""
-
-    view: memoryview
-    checksum: int
-    offset: int = 0
 
 
 @dataclass(slots=True, eq=False)
 class _Served:
     """One read."""
 
-    reader: bytes
+    reader: _Reader
     id: int
-    wanted: bytes
-    count: int
+    packer: Packer
     window_bytes: int
     credit_bytes: int
-    frame_bytes: int
+    lease_s: float
+    ends_s: float
+    """When its lease of time is over."""
     active_s: float
     """When it last could go on: since then it waits for credit."""
-    index: int = 0
-    chunk: _Piecewise | None = None
     unsent: list[Buffer] | None = None
     """A message that the socket did not take."""
-    waiting: bool = True
+    waiting: bool = False
+    """It stands in line for a turn."""
+
+
+@dataclass(slots=True, eq=False)
+class _Reader:
+    """Everything that one peer reads here."""
+
+    name: bytes
+    reads: dict[int, _Served] = field(default_factory=dict)
+    line: deque[_Served] = field(default_factory=deque)
+    """The reads that have something to do."""
+    turn_bytes: int = TURN_BYTES
+    """What is left of its turn; below zero it took more than that."""
+    waiting: bool = False
     """It stands in line for a turn."""
 
 
@@ -88,193 +101,193 @@ class Lender:
         self._send = send
         self._counters = counters
         self._on_drop = on_drop
-        self._reads: dict[tuple[bytes, int], _Served] = {}
-        self._per_reader: Counter[bytes] = Counter()
+        self._readers: dict[bytes, _Reader] = {}
+        self._reads = 0
         self._wants = 0
-        self._line: deque[_Served] = deque()
+        self._line: deque[_Reader] = deque()
         self._pumping = False
-        self.loans = LoansOut()
+        self.loans = LoansOut(source)
 
     @property
     def readers(self) -> list[bytes]:
         """Everyone who reads here."""
-        return list(self._per_reader)
+        return list(self._readers)
 
-    def open(self, reader: bytes, message: Read, payload: bytes) -> str | None:
-        """Serve one more read, or say why not."""
-        count = len(payload) // WANTED.size
-        if (reader, message.id) in self._reads:
+    def open(self, name: bytes, message: Read, payload: bytes) -> str | None:
+        """Serve one more read of the reader `name`, or say why not."""
+        wanted = Wanted(message, payload)
+        reader = self._readers.get(name) or _Reader(name)
+        if message.id in reader.reads:
             return "this read is open already"
-        if self._per_reader[reader] >= READS_PER_PEER_MAX or len(self._reads) >= READS_SERVED_MAX:
+        if len(reader.reads) >= READS_PER_PEER_MAX or self._reads >= READS_SERVED_MAX:
             return "too many reads at once"
-        if self._wants + count > WANTS_SERVED_MAX:
+        if self._wants + wanted.count > WANTS_SERVED_MAX:
             return "too many chunks asked for at once"
         frame_bytes = min(FRAME_BYTES_DEFAULT, message.window_bytes // FRAMES_PER_WINDOW)
+        packer = Packer(message.id, wanted, frame_bytes, self._source, self.loans, self._counters)
+        now = self._loop.time()
         read = _Served(
             reader,
             message.id,
-            payload,
-            count,
+            packer,
             message.window_bytes,
             message.window_bytes,
-            frame_bytes,
-            self._loop.time(),
+            message.lease_s,
+            now + message.lease_s,
+            now,
         )
-        self._reads[reader, message.id] = read
-        self._per_reader[reader] += 1
-        self._wants += count
-        self._line.append(read)
-        self._pump_soon()
+        self._readers[name] = reader
+        reader.reads[read.id] = read
+        self._reads += 1
+        self._wants += packer.count
+        self._wait(read)
         return None
 
-    def grant(self, reader: bytes, read_id: int, credit_bytes: int) -> bool:
+    def grant(self, name: bytes, read_id: int, credit_bytes: int) -> bool:
         """More credit. False when that is more than the reader can have consumed: the read is ended then."""
-        read = self._reads.get((reader, read_id))
+        read = self._find(name, read_id)
         if read is None:
-            return (
-                True  # the last pieces are on their way, and the reader does not know yet that no more credit is needed
-            )
+            return True  # the last pieces are on their way, and the reader does not know yet that it needs no credit
         read.credit_bytes += credit_bytes
         if read.credit_bytes > read.window_bytes:
-            self.end(reader, read_id)
+            self._end(read)
             return False
         self._wait(read)
         return True
 
-    def end(self, reader: bytes, read_id: int) -> bool:
+    def end(self, name: bytes, read_id: int) -> bool:
         """Serve this read no longer. False when it is not open."""
-        read = self._reads.pop((reader, read_id), None)
-        if read is None:
-            return False
-        read.chunk = read.unsent = None
-        self._wants -= read.count
-        self._per_reader[reader] -= 1
-        if not self._per_reader[reader]:
-            del self._per_reader[reader]
-        return True
+        read = self._find(name, read_id)
+        if read is not None:
+            self._end(read)
+        return read is not None
 
-    def forget(self, reader: bytes) -> None:
+    def forget(self, name: bytes) -> None:
         """The reader is gone."""
-        for key in [key for key in self._reads if key[0] == reader]:
-            self.end(*key)
+        reader = self._readers.get(name)
+        for read in list(reader.reads.values()) if reader is not None else ():
+            self._end(read)
 
     def sweep(self, idle_s: float = SERVED_READ_IDLE_S) -> None:
-        """End the reads that wait for credit for longer than `idle_s`; let those try again that met a full socket."""
+        """End the reads whose lease is over, or that wait for credit for longer than `idle_s`; let those try again
+        that met a full socket."""
         now = self._loop.time()
-        for read in list(self._reads.values()):
-            if now - read.active_s >= idle_s and not read.waiting:
-                self.end(read.reader, read.id)
+        for read in [read for reader in self._readers.values() for read in reader.reads.values()]:
+            if now >= read.ends_s:
+                self._expire(read)
+            elif now - read.active_s >= idle_s and not read.waiting:
                 self._counters.refused += 1
-                self._on_drop(read.reader, read.id, f"no credit for {idle_s:g} s")
+                self._drop(read, f"no credit for {idle_s:g} s")
             elif read.unsent is not None:
                 self._wait(read)
 
     def close(self) -> None:
         """End every read."""
-        for key in list(self._reads):
-            self.end(*key)
+        for name in self.readers:
+            self.forget(name)
 
-    # --- turns -----------------------------------------------------------------------------------------------------
+    # --- reads that end ----------------------------------------------------------------------------------------------
+    def _find(self, name: bytes, read_id: int) -> _Served | None:
+        reader = self._readers.get(name)
+        return reader.reads.get(read_id) if reader is not None else None
+
+    def _end(self, read: _Served) -> None:
+        read.packer.close()
+        read.unsent = None
+        del read.reader.reads[read.id]
+        self._reads -= 1
+        self._wants -= read.packer.count
+        if not read.reader.reads:
+            del self._readers[read.reader.name]
+
+    def _expire(self, read: _Served) -> None:
+        self._counters.expired += 1
+        self._drop(read, f"its {read.lease_s:g} s are over")
+
+    def _drop(self, read: _Served, why: str) -> None:
+        self._end(read)
+        self._on_drop(read.reader.name, read.id, why)
+
+    # --- turns -------------------------------------------------------------------------------------------------------
     def _wait(self, read: _Served) -> None:
+        reader = read.reader
         if not read.waiting:
             read.waiting = True
-            self._line.append(read)
-            self._pump_soon()
-
-    def _pump_soon(self) -> None:
+            reader.line.append(read)
+        if not reader.waiting:
+            reader.waiting = True
+            self._line.append(reader)
         if not self._pumping:
             self._pumping = True
             self._loop.call_soon(self._pump)
 
     def _pump(self) -> None:
-        self._pumping = False
+        touched_bytes = 0
         for _ in range(TURNS_AT_ONCE):
-            if not self._line:
-                return
-            read = self._line.popleft()
+            reader = self._next_reader()
+            if reader is None or touched_bytes >= PUMP_BYTES:
+                break
+            read = reader.line.popleft()
             read.waiting = False
-            if (read.reader, read.id) in self._reads and self._turn(read):
-                read.waiting = True
-                self._line.append(read)
-        self._pump_soon()
+            if reader.reads.get(read.id) is read:
+                touched_bytes += self._turn(read)
+        self._pumping = bool(self._line)
+        if self._pumping:
+            self._loop.call_soon(self._pump)
 
-    def _turn(self, read: _Served) -> bool:
-        """Send one message of `read`. Whether it can go on at once."""
-        message = read.unsent or self._message(read)
+    def _next_reader(self) -> _Reader | None:
+        """Who is to have the next turn."""
+        while self._line:
+            reader = self._line[0]
+            if not reader.line:
+                reader.waiting = False
+                self._line.popleft()
+            elif reader.turn_bytes <= 0:
+                reader.turn_bytes += TURN_BYTES
+                self._line.rotate(-1)
+            else:
+                return reader
+        return None
+
+    def _turn(self, read: _Served) -> int:
+        """One step of `read`. Returns how many bytes were verified and copied."""
+        now = self._loop.time()
+        if now >= read.ends_s:
+            self._expire(read)
+            return 0
+        touched_bytes = 0
+        message = read.unsent
         if message is None:
-            return False
+            try:
+                step = read.packer.step(read.credit_bytes)
+            except Exception:
+                log.exception("a read could not be served")
+                self._drop(read, "internal error")
+                return 0
+            if step is None:
+                return 0  # until there is more credit
+            touched_bytes = step.touched_bytes
+            read.credit_bytes -= step.cost_bytes
+            read.reader.turn_bytes -= max(step.cost_bytes, touched_bytes)
+            message = step.message
+        if message is not None and not self._deliver(read, message):
+            return touched_bytes
+        read.active_s = now
+        if read.packer.complete:
+            self._end(read)
+        else:
+            self._wait(read)
+        return touched_bytes
+
+    def _deliver(self, read: _Served, message: list[Buffer]) -> bool:
+        """Whether the socket took the message."""
         read.unsent = None
         try:
-            self._send(read.reader, message)
+            self._send(read.reader.name, message)
         except zmq.Again:
             read.unsent = message
             return False
         except zmq.ZMQError:
-            self.forget(read.reader)
-            return False
-        read.active_s = self._loop.time()
-        if read.index == read.count:
-            self.end(read.reader, read.id)
+            self.forget(read.reader.name)
             return False
         return True
-
-    def _message(self, read: _Served) -> list[Buffer] | None:
-        """The next message, or None when the credit does not suffice for one."""
-        items: list[Item] = []
-        small: list[Loan] = []
-        piece: memoryview | None = None
-        room = min(read.credit_bytes, read.frame_bytes + ITEM_COST_BYTES * ITEMS_PER_MESSAGE_MAX)
-        while piece is None and read.index < read.count and len(items) < ITEMS_PER_MESSAGE_MAX:
-            _, size_bytes = wanted(read.wanted, read.index)
-            rest_bytes = size_bytes - (read.chunk.offset if read.chunk else 0)
-            large = size_bytes > min(SMALL_CHUNK_BYTES, read.frame_bytes)
-            if ITEM_COST_BYTES + min(rest_bytes, read.frame_bytes) > room or (large and small):
-                break
-            if read.chunk is None:
-                item, loan = self._take(read)
-                if loan is not None and large:
-                    read.chunk = _Piecewise(self.loans.export(loan), loan.checksum)
-                elif loan is not None:
-                    small.append(loan)
-            if read.chunk is not None:
-                item, piece = _cut(read, read.chunk, min(rest_bytes, read.frame_bytes))
-            if read.chunk is None or rest_bytes == item.bytes:
-                read.index, read.chunk = read.index + 1, None
-                self._counters.chunks_served += item.state == HELD
-            items.append(item)
-            room -= ITEM_COST_BYTES + item.bytes
-        if not items:
-            return None
-        read.credit_bytes -= cost(items)
-        self._counters.bytes_served += sum(item.bytes for item in items)
-        payload = piece if piece is not None else _join(small)
-        header = encode(Bulk(MESH_PROTOCOL_VERSION, read.id, items))
-        return [header, payload] if payload else [header]
-
-    def _take(self, read: _Served) -> tuple[Item, Loan | None]:
-        """The read's next chunk as one item, with its loan; or the reason why there is none."""
-        key, size_bytes = wanted(read.wanted, read.index)
-        loan = lend(self._source, key)
-        if loan is None:
-            self._counters.not_held += 1
-            return Item(read.index, NOT_HELD, 0, 0, 0), None
-        if loan.buffer.nbytes != size_bytes:
-            item = Item(read.index, WRONG_SIZE, loan.checksum, 0, 0)
-            loan.release()
-            return item, None
-        return Item(read.index, HELD, loan.checksum, 0, size_bytes), loan
-
-
-def _cut(read: _Served, chunk: _Piecewise, size_bytes: int) -> tuple[Item, memoryview]:
-    """The chunk's next piece."""
-    offset = chunk.offset
-    chunk.offset += size_bytes
-    return Item(read.index, HELD, chunk.checksum, offset, size_bytes), chunk.view[offset : chunk.offset]
-
-
-def _join(loans: Sequence[Loan]) -> bytes:
-    """A copy of several small chunks, which go back at once."""
-    joined = b"".join(loan.buffer for loan in loans)
-    for loan in loans:
-        loan.release()
-    return joined

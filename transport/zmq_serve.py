@@ -31,6 +31,7 @@ from .frames import (
     Message,
     Read,
     Refusal,
+    Suspect,
     encode,
     to_holder,
 )
@@ -41,7 +42,9 @@ from .limits import (
     MESH_PROTOCOL_VERSION,
     MESSAGE_BYTES_MAX,
     REFUSAL_CHARS_MAX,
+    SUSPECTS_PER_SWEEP_MAX,
 )
+from .loans import suspect
 from .zmq_lend import Lender
 from .zmq_sockets import WatchedSocket
 
@@ -59,10 +62,12 @@ class Server:
         self, router: zmq.Socket[bytes], source: ChunkSource | None, handler: CallHandler, counters: Counters
     ) -> None:
         self._loop = asyncio.get_running_loop()
+        self._source = source
         self._handler = handler
         self._counters = counters
         self._calls: dict[tuple[bytes, int], asyncio.Task[None]] = {}
         self._per_caller: Counter[bytes] = Counter()
+        self._suspects: Counter[bytes] = Counter()  # of each reader, since the last sweep
         monitor = router.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket = WatchedSocket(router, monitor, self._receive, self._probe_soon)
         self.lender = Lender(source, self._send_bulk, counters, self._refuse)
@@ -108,6 +113,16 @@ class Server:
                 self._counters.malformed += not self.lender.grant(peer, message.id, message.credit_bytes)
             case Cancel():
                 self._cancel(peer, message.id)
+            case Suspect():
+                self._suspect(peer, payload)
+
+    def _suspect(self, peer: bytes, key: bytes) -> None:
+        """A reader says that a chunk came to it corrupt. What that says of our copy, the source finds out."""
+        self._suspects[peer] += 1
+        if self._suspects[peer] <= SUSPECTS_PER_SWEEP_MAX:
+            suspect(self._source, key)
+        else:
+            self._counters.refused += 1
 
     def _call(self, peer: bytes, call_id: int, request: bytes) -> None:
         if (peer, call_id) in self._calls:
@@ -185,6 +200,7 @@ class Server:
     def _sweep(self) -> None:
         self._sweeper = self._loop.call_later(SWEEP_INTERVAL_S, self._sweep)
         self.lender.sweep()
+        self._suspects.clear()
         if self._lost_one:  # once more, in case that the first look came too early
             self._lost_one = False
             self._probe_all()

@@ -9,8 +9,7 @@ libzmq never reconnects here (`RECONNECT_IVL` -1). A lost connection ends what h
 or read opens a new one: so a refused connection is an answer rather than a silence, and there is no backoff to bound.
 The socket's monitor tells of both.
 
-Only `Sockets` makes sockets. A socket belongs to the thread that uses it; `Sockets` itself may be used by the loop
-and the bulk thread.
+Only `Sockets` makes sockets. They live on the loop; bulk is received over sockets of its own (zmq_links.py).
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from .errors import SettingsError, UnreachableError
 from .frames import Buffer
 from .limits import (
     CONNECT_TIMEOUT_S,
-    FRAME_BYTES_MAX,
     HANDSHAKE_TIMEOUT_S,
     HEARTBEAT_INTERVAL_S,
     HEARTBEAT_TIMEOUT_S,
@@ -43,8 +41,8 @@ from .limits import (
 
 CONTROL_FRAME_BYTES_MAX: Final = MESSAGE_BYTES_MAX + 64 * KIB
 """Somewhat more than a message may have: one just over the bound is counted, one far over it costs the connection."""
-SOCKETS_PER_PEER: Final = 8
-"""Control and bulk, each with the two ends of its monitor."""
+SOCKETS_PER_PEER: Final = 4
+"""Control, with the two ends of its monitor, and one to spare."""
 MESSAGES_PER_TURN: Final = 64
 """Messages of one socket that are handled before the loop gets its turn."""
 LOST: Final = (
@@ -72,7 +70,7 @@ class Sockets:
         address = _loopback(host)
         if not 0 <= port < 1 << 16:
             raise SettingsError(f"cannot listen on port {port}: use one from 1 to 65535, or 0 for any free one")
-        router = self._socket(zmq.ROUTER, CONTROL_FRAME_BYTES_MAX)
+        router = self._socket(zmq.ROUTER)
         router.router_mandatory = True  # a peer that is gone or too slow is an error here, never a silent loss
         router.ipv6 = address.version == 6
         place = f"[{address}]" if address.version == 6 else str(address)
@@ -87,15 +85,13 @@ class Sockets:
             raise SettingsError(what) from None
         return router, router.get_string(zmq.LAST_ENDPOINT).removeprefix("tcp://")
 
-    def connect(self, address: str, *, bulk: bool) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
+    def connect(self, address: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
         """A DEALER towards the peer at `address`, and the socket that tells what becomes of the connection.
 
         Raises `UnreachableError` when that is no address.
         """
-        match = re.fullmatch(r"(?:\[[0-9A-Fa-f:.%]+\]|[^\[\]:/;\s]+):(\d{1,5})", address)
-        if not match or not 0 < int(match[1]) < 1 << 16:
-            raise UnreachableError(f"{address!r} is not an address: HOST:PORT is")
-        dealer = self._socket(zmq.DEALER, FRAME_BYTES_MAX if bulk else CONTROL_FRAME_BYTES_MAX)
+        split_address(address)
+        dealer = self._socket(zmq.DEALER)
         dealer.ipv6 = address.startswith("[")
         dealer.connect_timeout = int(1000 * CONNECT_TIMEOUT_S)
         dealer.reconnect_ivl = -1
@@ -107,12 +103,12 @@ class Sockets:
             raise UnreachableError(f"cannot connect to {address}: {error.strerror}") from None
         return dealer, monitor
 
-    def _socket(self, kind: int, frame_bytes_max: int) -> zmq.Socket[bytes]:
+    def _socket(self, kind: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
         socket.linger = 0
         socket.sndhwm = SEND_QUEUE_MESSAGES
         socket.rcvhwm = RECEIVE_QUEUE_MESSAGES
-        socket.maxmsgsize = frame_bytes_max
+        socket.maxmsgsize = CONTROL_FRAME_BYTES_MAX
         socket.handshake_ivl = int(1000 * HANDSHAKE_TIMEOUT_S)
         socket.heartbeat_ivl = int(1000 * HEARTBEAT_INTERVAL_S)
         socket.heartbeat_timeout = int(1000 * HEARTBEAT_TIMEOUT_S)
@@ -190,6 +186,14 @@ class WatchedSocket:
     def close(self) -> None:
         """Close both: nothing comes any more."""
         close_both(*(end.leave() for end in self._ends))
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host (an IPv6 host without its brackets) and port of ``HOST:PORT``. Raises `UnreachableError` when it is none."""
+    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^\[\]:/;\s]+)):(\d{1,5})", address)
+    if not match or not 0 < int(match[3]) < 1 << 16:
+        raise UnreachableError(f"{address!r} is not an address: HOST:PORT is")
+    return match[1] or match[2], int(match[3])
 
 
 def close_both(socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:

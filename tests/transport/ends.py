@@ -11,7 +11,7 @@ import numpy as np
 import zmq
 
 from kvmesh.transport.checksum import checksum
-from kvmesh.transport.interface import CallHandler, Landing, Outcome, Reading, Region, Transport, Want
+from kvmesh.transport.interface import CallHandler, Landing, Outcome, Reading, Region, Slice, Transport, Want
 from kvmesh.transport.memory import MemoryNetwork
 from kvmesh.transport.zmq import open_zmq
 
@@ -45,7 +45,7 @@ class CountedLoan:
 class Chunks:
     """A source: chunks by key, and how many are lent."""
 
-    held: dict[bytes, bytearray] = field(default_factory=dict)
+    held: dict[bytes, bytearray | memoryview] = field(default_factory=dict)
     sums: dict[bytes, int] = field(default_factory=dict)
     out: int = 0
     lent: int = 0
@@ -72,7 +72,31 @@ class Chunks:
         self.out += 1
         self.lent += 1
         self.peak_out = max(self.peak_out, self.out)
-        return CountedLoan(self, memoryview(self.held[key]), self.sums[key])
+        return CountedLoan(self, memoryview(self.held[key]), self.sums[key], offset=self.offset(key))
+
+    def offset(self, key: bytes) -> int:
+        return 0
+
+
+class ArenaChunks(Chunks):
+    """A source whose chunks lie one after the other in one arena."""
+
+    def __init__(self, size_bytes: int) -> None:
+        super().__init__()
+        self.arena = np.zeros(size_bytes, np.uint8)
+        self.region = Region(-1, self.arena.ctypes.data, size_bytes)
+        self.used_bytes = 0
+
+    def add(self, number: int, content: bytes) -> None:
+        super().add(number, content)
+        place = self.arena[self.used_bytes : self.used_bytes + len(content)]
+        place[:] = np.frombuffer(content, np.uint8)
+        self.held[key(number)] = place.data
+        self.used_bytes += len(content)
+
+    def offset(self, key: bytes) -> int:
+        assert self.region is not None
+        return int(np.frombuffer(self.held[key], np.uint8).ctypes.data) - self.region.address
 
 
 def pattern(number: int, size_bytes: int) -> bytes:
@@ -87,6 +111,19 @@ def wants(numbers: Sequence[int], sizes: int | Sequence[int]) -> list[Want]:
     return [
         Want(key(number), memoryview(bytearray(b"\xa5" * size))) for number, size in zip(numbers, each, strict=True)
     ]
+
+
+def part_of(number: int, chunk_bytes: int, part: Slice) -> Want:
+    """A want of a part, with its buffer."""
+    return Want(key(number), memoryview(bytearray(b"\xa5" * part.bytes)), part, chunk_bytes)
+
+
+def bytes_of(chunk: bytes | bytearray | memoryview, part: Slice) -> bytes:
+    """What a part of a chunk is, run by run: slow and plain."""
+    starts = range(
+        part.offset_bytes, part.offset_bytes + part.count * max(part.stride_bytes, 1), part.stride_bytes or 1
+    )
+    return b"".join(bytes(chunk[start : start + part.run_bytes]) for start in starts[: part.count])
 
 
 async def collect(reading: Reading) -> dict[int, Landing]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import zmq
 import zmq.asyncio
@@ -82,3 +82,47 @@ async def peer(reply: Reply) -> AsyncIterator[str]:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+
+
+GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x01" + b"NULL".ljust(20, b"\0") + bytes(32)
+READY = b"\x04\x1c\x05READY\x0bSocket-Type\0\0\0\x06ROUTER"
+
+
+def frames(*parts: bytes | Message) -> bytes:
+    """One message as a ROUTER sends it over TCP."""
+    wire = b""
+    for index, part in enumerate(parts):
+        body = encode(part) if isinstance(part, Message) else part
+        wire += bytes((2 | (index < len(parts) - 1),)) + len(body).to_bytes(8, "big") + body
+    return wire
+
+
+@contextlib.asynccontextmanager
+async def plain_peer(say: Callable[[asyncio.StreamWriter], Awaitable[None]]) -> AsyncIterator[str]:
+    """The address of a peer that shakes hands over TCP, waits for the first message, and then says any bytes."""
+    tasks: list[asyncio.Task[None]] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.append(task)
+        try:
+            writer.write(GREETING + READY)
+            await reader.readexactly(len(GREETING))
+            await reader.readexactly(2 + (await reader.readexactly(2))[1])  # its READY, and the next frame's flags
+            await say(writer)
+            await reader.read()
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await server.wait_closed()

@@ -8,92 +8,142 @@ from hypothesis import strategies as st
 
 from kvmesh.transport.assembly import Assembly
 from kvmesh.transport.checksum import checksum
-from kvmesh.transport.frames import HELD, NOT_HELD, WRONG_SIZE, FrameError, Item
-from kvmesh.transport.interface import Landing, Outcome
-from tests.transport.ends import pattern, wants
+from kvmesh.transport.frames import CORRUPT_HERE, HELD, NOT_HELD, WRONG_SIZE, FrameError, Item
+from kvmesh.transport.interface import Landing, Outcome, Slice, Want
+from tests.transport.ends import key, pattern, wants
 
 CONTENT = pattern(1, 100)
 SUM = checksum(CONTENT)
 
 
-def piece(index: int, start: int, end: int, sum_: int = SUM) -> tuple[list[Item], memoryview]:
-    return [Item(index, HELD, sum_, start, end - start)], memoryview(CONTENT)[start:end]
+def piece(index: int, start: int, end: int, sum_: int = SUM) -> Item:
+    return Item(index, HELD, sum_, start, end - start)
+
+
+def fill(assembly: Assembly, content: bytes, at_once: int = 1 << 30) -> list[Landing]:
+    """Write `content` where the assembly wants it, so many bytes at once."""
+    landings = []
+    while content:
+        count = min(at_once, len(content))
+        targets = assembly.targets(count)
+        assert sum(len(target) for target in targets) == count
+        for target in targets:
+            target[:], content = content[: len(target)], content[len(target) :]
+        landings += assembly.filled(count)
+    return landings
+
+
+def accept(assembly: Assembly, item: Item, content: bytes) -> list[Landing]:
+    """One item, and its bytes."""
+    return assembly.announce([item]) + fill(assembly, content)
 
 
 def test_pieces_of_two_chunks_in_turn() -> None:
     wanted = wants([0, 1], 100)
     assembly = Assembly(wanted)
-    assert assembly.accept(*piece(0, 0, 30)) == []
-    assert assembly.accept(*piece(1, 0, 99)) == []
-    assert assembly.accept(*piece(0, 30, 100)) == [Landing(0, Outcome.LANDED, SUM)]
-    assert assembly.accept(*piece(1, 99, 100)) == [Landing(1, Outcome.LANDED, SUM)]
+    assert accept(assembly, piece(0, 0, 30), CONTENT[:30]) == []
+    assert accept(assembly, piece(1, 0, 99), CONTENT[:99]) == []
+    assert accept(assembly, piece(0, 30, 100), CONTENT[30:]) == [Landing(0, Outcome.LANDED, SUM)]
+    assert accept(assembly, piece(1, 99, 100), CONTENT[99:]) == [Landing(1, Outcome.LANDED, SUM)]
     assert assembly.complete
     assert wanted[0].into == wanted[1].into == CONTENT
 
 
-def test_several_items_in_one_message() -> None:
-    wanted = wants([0, 1, 2, 3], [100, 4, 100, 5])
+@pytest.mark.parametrize("at_once", [1, 7, 99, 100, 101, 1000])
+def test_several_items_in_one_message(at_once: int) -> None:
+    wanted = wants([0, 1, 2, 3, 4], [100, 4, 100, 5, 6])
     items = [
-        Item(2, HELD, SUM, 0, 100),
+        piece(2, 0, 100),
         Item(1, NOT_HELD, 0, 0, 0),
-        Item(0, HELD, SUM ^ 1, 0, 100),
+        piece(0, 0, 100, SUM ^ 1),
         Item(3, WRONG_SIZE, 9, 0, 0),
+        Item(4, CORRUPT_HERE, 8, 0, 0),
     ]
     assembly = Assembly(wanted)
-    assert assembly.accept(items, memoryview(CONTENT * 2)) == [
-        Landing(2, Outcome.LANDED, SUM),
+    assert assembly.announce(items) == [
         Landing(1, Outcome.NOT_HELD, 0),
-        Landing(0, Outcome.CORRUPT, SUM ^ 1),
         Landing(3, Outcome.WRONG_SIZE, 9),
+        Landing(4, Outcome.CORRUPT, 8),
+    ]
+    assert assembly.expected == 200
+    assert fill(assembly, CONTENT * 2, at_once) == [
+        Landing(2, Outcome.LANDED, SUM),
+        Landing(0, Outcome.CORRUPT, SUM ^ 1),
     ]
     assert assembly.complete
+    assert assembly.expected == 0
+    assert wanted[2].into == CONTENT
+    assert bytes(wanted[4].into) == b"\xa5" * 6
 
 
-@pytest.mark.parametrize(
-    "lie",
-    [
-        piece(5, 0, 10),  # not wanted
-        piece(0, 50, 60),  # a gap
-        piece(0, 30, 60),  # again
-        piece(0, 0, 40),  # from the start
-        piece(0, 40, 50, sum_=1),  # another chunk's
-        ([Item(0, HELD, SUM, 40, 0)], memoryview(b"")),  # no bytes
-        ([Item(0, HELD, SUM, 40, 61)], memoryview(bytes(61))),  # beyond the end
-        ([Item(0, NOT_HELD, 0, 0, 0)], memoryview(b"")),  # after all, not held
-        ([Item(1, NOT_HELD, 0, 0, 5)], memoryview(bytes(5))),  # not held, with bytes
-        ([Item(1, HELD, SUM, 5, 5)], memoryview(bytes(5))),  # not from the start
-    ],
-)
-def test_a_lie_writes_nothing(lie: tuple[list[Item], memoryview]) -> None:
+def test_a_part_of_a_chunk_counts_from_its_own_start() -> None:
+    wanted = Want(key(0), memoryview(bytearray(100)), Slice(5000, 50, 900, 2), 1 << 20)
+    assembly = Assembly([wanted])
+    assert accept(assembly, piece(0, 0, 50), CONTENT[:50]) == []
+    assert accept(assembly, piece(0, 50, 100), CONTENT[50:]) == [Landing(0, Outcome.LANDED, SUM)]
+    assert wanted.into == CONTENT
+
+
+def test_targets_end_where_the_items_do() -> None:
+    assembly = Assembly(wants([0, 1], 100))
+    assembly.announce([piece(0, 0, 40), piece(1, 0, 10)])
+    assert [len(target) for target in assembly.targets(30)] == [30]
+    assert [len(target) for target in assembly.targets(1000)] == [40, 10]
+
+
+LIES = [
+    piece(5, 0, 10),  # not wanted
+    piece(0, 50, 60),  # a gap
+    piece(0, 30, 60),  # again
+    piece(0, 0, 40),  # from the start
+    piece(0, 40, 50, sum_=1),  # another chunk's
+    piece(0, 40, 40),  # no bytes
+    piece(0, 40, 101),  # beyond the end
+    Item(0, NOT_HELD, 0, 0, 0),  # after all, not held
+    Item(1, NOT_HELD, 0, 0, 5),  # not held, with bytes
+    Item(1, CORRUPT_HERE, 0, 3, 0),  # nor is nothing anywhere
+    piece(1, 5, 10),  # not from the start
+]
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_lie_writes_nothing(lie: Item) -> None:
     wanted = wants([0, 1], 100)
     assembly = Assembly(wanted)
-    assembly.accept(*piece(0, 0, 40))
+    accept(assembly, piece(0, 0, 40), CONTENT[:40])
     before = [bytes(want.into) for want in wanted]
     with pytest.raises(FrameError):
-        assembly.accept(*lie)
+        assembly.announce([lie])
+    assert assembly.expected == 0
     assert [bytes(want.into) for want in wanted] == before
+
+
+def test_a_chunk_has_one_piece_in_a_message() -> None:
+    assembly = Assembly(wants([0], 100))
+    with pytest.raises(FrameError, match="two pieces"):
+        assembly.announce([piece(0, 0, 60), piece(0, 60, 100)])
 
 
 def test_a_chunk_that_has_ended_is_not_written_again() -> None:
     wanted = wants([0], 100)
     assembly = Assembly(wanted)
-    assembly.accept([Item(0, HELD, SUM, 0, 100)], memoryview(bytes(100)))
+    accept(assembly, piece(0, 0, 100), bytes(100))
     with pytest.raises(FrameError):
-        assembly.accept(*piece(0, 0, 100))
+        assembly.announce([piece(0, 0, 100)])
     assert bytes(wanted[0].into) == bytes(100)
 
 
-@given(st.lists(st.tuples(*[st.integers(0, n) for n in (3, 2, 1, 12, 12)]), min_size=1, max_size=30))
-def test_any_items_are_taken_or_refused(drawn: list[tuple[int, int, int, int, int]]) -> None:
-    wanted = wants([0, 1, 2], 10)
-    assembly = Assembly(wanted)
+@given(st.lists(st.tuples(*[st.integers(0, n) for n in (3, 3, 1, 12, 12)]), min_size=1, max_size=30), st.integers(1, 9))
+def test_any_items_are_taken_or_refused(drawn: list[tuple[int, int, int, int, int]], at_once: int) -> None:
+    assembly = Assembly(wants([0, 1, 2], 10))
     ended: set[int] = set()
     for item in (Item(*fields) for fields in drawn):
         try:
-            landings = assembly.accept([item], memoryview(bytes(item.bytes)))
+            landings = assembly.announce([item])
         except FrameError:
+            assert assembly.expected == 0
             continue
-        for landing in landings:
+        for landing in landings + fill(assembly, bytes(item.bytes), at_once):
             assert landing.index not in ended
             ended.add(landing.index)
     assert assembly.complete == (len(ended) == 3)

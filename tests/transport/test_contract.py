@@ -7,11 +7,33 @@ import time
 
 import pytest
 
+from kvmesh.transport.checksum import checksum
 from kvmesh.transport.errors import CallerError, KVMeshError, ProtocolError, UnreachableError
-from kvmesh.transport.interface import Landing, Outcome, Want
-from kvmesh.transport.limits import CHAIN_CHUNKS_MAX, KIB, MESSAGE_BYTES_MAX, MIB
+from kvmesh.transport.interface import Landing, Outcome, Slice, Want
+from kvmesh.transport.limits import (
+    CHAIN_CHUNKS_MAX,
+    CHUNK_BYTES_MAX,
+    KIB,
+    MESSAGE_BYTES_MAX,
+    MIB,
+    SLICE_RUNS_MAX,
+    SLICES_PER_READ_MAX,
+)
 from tests.support.waiting import wait_until_async
-from tests.transport.ends import BACKENDS, LONG_S, Chunks, Ends, collect, key, outcomes, pattern, two, wants
+from tests.transport.ends import (
+    BACKENDS,
+    LONG_S,
+    Chunks,
+    Ends,
+    bytes_of,
+    collect,
+    key,
+    outcomes,
+    part_of,
+    pattern,
+    two,
+    wants,
+)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -230,6 +252,101 @@ def test_what_is_not_there_or_not_right_is_said(backend: str) -> None:
     asyncio.run(main())
 
 
+KV = (4, 2, 8, 64, 16)
+"""Layers, K and V, heads, tokens, head_dim: a chunk of 64 KiB, a byte an element."""
+ROW = KV[3] * KV[4]
+CHUNK = 4 * 2 * 8 * ROW
+PARTS = {
+    "a byte": Slice(77, 1),
+    "one run": Slice(12_345, 4321),
+    "all of it": Slice(0, CHUNK),
+    "two layers": Slice(1 * 2 * 8 * ROW, 2 * 2 * 8 * ROW),
+    "half of the heads": Slice(4 * ROW, 4 * ROW, 8 * ROW, 4 * 2),
+    "each token's first element": Slice(0, 1, KV[4], CHUNK // KV[4]),
+    "runs without gaps": Slice(10, 100, 100, 50),
+}
+
+
+@pytest.mark.parametrize("scale", [1, 40])
+def test_parts_land_byte_for_byte(backend: str, scale: int) -> None:
+    """Several parts of each chunk, with the whole of it, in one read: of small chunks, and of ones in many frames."""
+
+    async def main() -> None:
+        source = Chunks()
+        source.fill(3, scale * CHUNK)
+        async with two(backend, source) as (holder, reader):
+            wanted = [
+                part_of(
+                    number, scale * CHUNK, Slice(p.offset_bytes, p.run_bytes * scale, p.stride_bytes * scale, p.count)
+                )
+                for number in range(3)
+                for p in PARTS.values()
+            ] + wants([2, 0], scale * CHUNK)
+            landings = await collect(reader.read(holder.address, wanted, deadline_s=LONG_S))
+            assert len(landings) == len(wanted)
+            for index, want in enumerate(wanted):
+                chunk = bytes(source.held[want.key])
+                expected = bytes_of(chunk, want.part) if want.part else chunk
+                assert want.into == expected
+                assert landings[index] == Landing(index, Outcome.LANDED, checksum(expected))
+            assert source.lent == 4  # each chunk once for wants that stand next to each other
+            read_bytes = sum(want.into.nbytes for want in wanted)
+            assert (reader.stats().bytes_read, holder.stats().bytes_served) == (read_bytes, read_bytes)
+            assert (reader.stats().chunks_read, holder.stats().chunks_served) == (len(wanted), len(wanted))
+
+    asyncio.run(main())
+
+
+def test_a_part_of_what_is_not_there_or_not_right(backend: str) -> None:
+    async def main() -> None:
+        source = Chunks()
+        source.fill(4, 1000)
+        source.held[key(1)][999] ^= 1  # far from the part
+        async with two(backend, source) as (holder, reader):
+            part = Slice(10, 5, 20, 3)
+            beyond = Slice(990, 20)  # in a chunk of 2000 bytes, which the holder's is not
+            wanted = [
+                part_of(0, 1000, part),
+                part_of(0, 1001, part),
+                part_of(0, 2000, beyond),
+                part_of(1, 1000, part),
+                part_of(1, 1000, Slice(0, 1)),
+                part_of(99, 1000, part),
+                *wants([2], 1000),
+                part_of(3, 1000, part),
+            ]
+            landings = await collect(reader.read(holder.address, wanted, deadline_s=LONG_S))
+            assert outcomes(landings) == {
+                0: Outcome.LANDED,
+                1: Outcome.WRONG_SIZE,
+                2: Outcome.WRONG_SIZE,
+                3: Outcome.CORRUPT,
+                4: Outcome.CORRUPT,
+                5: Outcome.NOT_HELD,
+                6: Outcome.LANDED,
+                7: Outcome.LANDED,
+            }
+            assert all(bytes(want.into) == b"\xa5" * want.into.nbytes for want in wanted[1:6])
+            assert [landings[index].checksum for index in (3, 4, 5)] == [0, 0, 0]
+            assert set(source.suspected) == {key(1)}
+            assert (holder.stats().corrupt, reader.stats().corrupt) == (1, 2)
+
+    asyncio.run(main())
+
+
+def test_the_holder_hears_of_a_chunk_that_came_corrupt(backend: str) -> None:
+    async def main() -> None:
+        source = Chunks()
+        source.fill(3, 3 * MIB)
+        source.held[key(1)][2 * MIB] ^= 1
+        async with two(backend, source) as (holder, reader):
+            landings = await collect(reader.read(holder.address, wants(range(3), 3 * MIB), deadline_s=LONG_S))
+            assert landings[1].outcome is Outcome.CORRUPT
+            await wait_until_async(lambda: source.suspected == [key(1)], LONG_S, "it is told once, and no other is")
+
+    asyncio.run(main())
+
+
 def test_a_node_without_a_source_holds_nothing(backend: str) -> None:
     async def main() -> None:
         async with Ends(backend) as ends:
@@ -271,6 +388,16 @@ def test_a_read_that_cannot_be_is_an_error_of_the_caller(backend: str) -> None:
                 [Want(key(0), memoryview(bytearray(8))[::2])],
                 [Want(key(0), memoryview(bytearray()))],
                 wants([0] * (CHAIN_CHUNKS_MAX + 1), 1),
+                [Want(key(0), memoryview(bytearray(4)), Slice(0, 5), 100)],
+                [part_of(0, 100, Slice(96, 5))],
+                [part_of(0, 100, Slice(-1, 5))],
+                [part_of(0, 100, Slice(0, 5, 24, 5))],
+                [part_of(0, 100, Slice(0, 5, 4, 2))],
+                [part_of(0, 100, Slice(0, 0, 4, 2))],
+                [part_of(0, 100, Slice(0, 5, 5, 0))],
+                [part_of(0, CHUNK_BYTES_MAX + 1, Slice(0, 5))],
+                [part_of(0, CHUNK_BYTES_MAX, Slice(0, 1, 1, SLICE_RUNS_MAX + 1))],
+                [part_of(0, 5000, Slice(place, 1)) for place in range(SLICES_PER_READ_MAX + 1)],
             ):
                 with pytest.raises(CallerError):
                     reader.read(holder.address, wanted, deadline_s=LONG_S)
@@ -379,6 +506,34 @@ def test_several_readers_at_once(backend: str) -> None:
             for landings in await asyncio.gather(*reads):
                 assert outcomes(landings) == dict.fromkeys(range(12), Outcome.LANDED)
             assert all(want.into == source.held[want.key] for each in wanted for want in each)
+            await wait_until_async(lambda: source.out == 0, LONG_S, "every loan is back")
+
+    asyncio.run(main())
+
+
+def test_32_readers_at_once_all_get_everything_and_calls_go_through(backend: str) -> None:
+    async def main() -> None:
+        source = Chunks()
+        source.fill(4, MIB)
+        size = 64 * KIB
+        for number in range(4, 20):
+            source.add(number, pattern(number, size))
+        async with Ends(backend) as ends:
+            holder = await ends.open(source)
+            reader = await ends.open()
+            kinds = [
+                wants(range(4), MIB),
+                wants(range(4, 20), size),
+                [part_of(number, MIB, Slice(0, 8 * KIB, 16 * KIB, 64)) for number in range(4)],
+                [*wants([99], 1), *(part_of(number, size, Slice(5, 1000)) for number in range(4, 20))],
+            ]
+            reads = [
+                asyncio.create_task(collect(reader.read(holder.address, kinds[number % 4], deadline_s=LONG_S)))
+                for number in range(32)
+            ]
+            assert await reader.call(holder.address, b"meanwhile", timeout_s=LONG_S) == b"meanwhile"
+            for number, landings in enumerate(await asyncio.gather(*reads)):
+                assert len(landings) == len(kinds[number % 4])
             await wait_until_async(lambda: source.out == 0, LONG_S, "every loan is back")
 
     asyncio.run(main())

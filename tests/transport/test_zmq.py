@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvmesh.transport import zmq_calls, zmq_links
+from kvmesh.transport import zmq_calls, zmq_links, zmq_sockets, zmtp
 from kvmesh.transport.assembly import Assembly
 from kvmesh.transport.errors import SettingsError, UnreachableError
 from kvmesh.transport.limits import (
@@ -83,7 +83,8 @@ def mute() -> Iterator[str]:
 
 
 def test_a_peer_that_never_shakes_hands_is_lost_before_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvmesh.transport.zmq_sockets.HANDSHAKE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(zmq_sockets, "HANDSHAKE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(zmtp, "HANDSHAKE_TIMEOUT_S", 0.05)
 
     async def main() -> None:
         with mute() as address:
@@ -96,16 +97,26 @@ def test_a_peer_that_never_shakes_hands_is_lost_before_the_deadline(monkeypatch:
     asyncio.run(main())
 
 
+@contextlib.contextmanager
+def full() -> Iterator[str]:
+    """A listener whose queue is full: a further connection gets no answer from the kernel."""
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        stack.enter_context(socket.create_connection(server.getsockname()))
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
 def test_a_connection_that_never_comes_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zmq_calls, "READY_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(zmq_links, "READY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(zmq_links, "CONNECT_TIMEOUT_S", 0.05)
 
     async def main() -> None:
-        with mute() as address:
+        with full() as address:
             async with transport() as node:
                 with pytest.raises(UnreachableError, match="nothing answers"):
                     await node.call(address, b"", timeout_s=1000)
                 assert await collect(node.read(address, wants([0], 1), deadline_s=1000)) == {}
+                assert node.stats().peers_lost == 1
 
     asyncio.run(main())
 
@@ -113,7 +124,7 @@ def test_a_connection_that_never_comes_is_lost(monkeypatch: pytest.MonkeyPatch) 
 def test_idle_connections_are_closed_and_opened_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zmq_calls, "LINK_IDLE_S", 0.02)
     monkeypatch.setattr(zmq_links, "LINK_IDLE_S", 0.02)
-    monkeypatch.setattr(zmq_links, "READY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(zmq_links, "TICK_S", 0.01)
 
     async def main() -> None:
         source = Chunks()
@@ -151,7 +162,7 @@ def test_a_failure_of_the_thread_ends_its_reads(
         source = Chunks()
         source.fill(1, 10)
         async with two("zmq", source) as (holder, reader):
-            monkeypatch.setattr(Assembly, "accept", fail)
+            monkeypatch.setattr(Assembly, "announce", fail)
             assert await collect(reader.read(holder.address, wants([0], 10), deadline_s=1000)) == {}
             assert await collect(reader.read(holder.address, wants([0], 10), deadline_s=1000)) == {}
             assert await reader.call(holder.address, b"calls go on", timeout_s=LONG_S) == b"calls go on"

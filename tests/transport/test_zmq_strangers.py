@@ -25,8 +25,9 @@ from kvmesh.transport.frames import (
     Message,
     Read,
     Refusal,
+    Suspect,
     encode,
-    encode_wanted,
+    encode_read,
     to_caller,
 )
 from kvmesh.transport.limits import (
@@ -40,7 +41,7 @@ from kvmesh.transport.limits import (
 from kvmesh.transport.zmq import open_zmq
 from kvmesh.transport.zmq_lend import Lender
 from tests.support.waiting import wait_until_async
-from tests.transport.ends import LONG_S, Chunks, collect, wants
+from tests.transport.ends import LONG_S, Chunks, collect, key, wants
 from tests.transport.strangers import Stranger, transport
 
 V = MESH_PROTOCOL_VERSION
@@ -59,8 +60,9 @@ def test_what_a_stranger_says_is_counted_and_the_node_lives_on() -> None:
             [Call(V, 1)],
             [Call(V, 1), bytes(MESSAGE_BYTES_MAX + 1)],
             [Call(V, 1), b"", b"", b""],
-            [Read(V, 1, READ_WINDOW_BYTES), b"short"],
-            [Read(V, 1, 2**40), encode_wanted(wants([0], 1))],
+            [Read(V, 1, READ_WINDOW_BYTES, 1.0, 0), b"short"],
+            [Read(V, 1, 2**40, 1.0, 0), encode_read(1, READ_WINDOW_BYTES, LONG_S, wants([0], 1))[1]],
+            [Suspect(V, 1), b"no key"],
             [Grant(V, 1, 2**50)],
             [Answer(V, 1), b"unasked"],
             [Bulk(V, 1, [Item(0, HELD, 0, 0, 1)]), b"x"],
@@ -84,7 +86,7 @@ def test_nobody_acts_on_the_requests_of_another() -> None:
         source.fill(3, 64 * KIB)
         async with transport(source) as node:
             with Stranger(zmq.DEALER, node.address) as reader, Stranger(zmq.DEALER, node.address) as thief:
-                await reader.say(Read(V, 1, READ_WINDOW_BYTES_MIN), encode_wanted(wants(range(3), 64 * KIB)))
+                await reader.say(*encode_read(1, READ_WINDOW_BYTES_MIN, LONG_S, wants(range(3), 64 * KIB)))
                 first = await reader.hear()
                 await thief.say(Cancel(V, 1))
                 await thief.say(Grant(V, 1, READ_WINDOW_BYTES_MIN))
@@ -99,7 +101,13 @@ def test_nobody_acts_on_the_requests_of_another() -> None:
 
 
 def test_random_messages_at_the_port(rng: random.Random) -> None:
-    heads: list[Message] = [Call(V, 1), Read(V, 2, READ_WINDOW_BYTES), Grant(V, 2, 100), Cancel(V, 1), Answer(V, 1)]
+    heads: list[Message] = [
+        Call(V, 1),
+        Read(V, 2, READ_WINDOW_BYTES, 1.0, 0),
+        Grant(V, 2, 100),
+        Cancel(V, 1),
+        Answer(V, 1),
+    ]
 
     def part() -> bytes:
         if rng.random() < 0.5:
@@ -166,6 +174,44 @@ def test_calls_beyond_the_bounds_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     asyncio.run(main())
 
 
+def test_what_readers_suspect_is_bounded_and_told_to_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zmq_serve, "SUSPECTS_PER_SWEEP_MAX", 3)
+
+    async def main() -> None:
+        source = Chunks()
+        async with transport(source) as node:
+            with Stranger(zmq.DEALER, node.address) as liar, Stranger(zmq.DEALER, node.address) as other:
+                for number in range(5):
+                    await liar.say(Suspect(V, 0), key(number))
+                await liar.say(Call(V, 1), b"heard")
+                assert to_caller(await liar.hear()) == (Answer(V, 1), b"heard")
+                assert source.suspected == [key(0), key(1), key(2)]
+                assert (node.stats().refused, node.stats().malformed) == (2, 0)
+                await other.say(Suspect(V, 0), key(7))
+                await wait_until_async(lambda: source.suspected[3:] == [key(7)], LONG_S, "each has a bound of its own")
+                node._server._sweep()
+                await liar.say(Suspect(V, 0), key(8))
+                await wait_until_async(lambda: source.suspected[4:] == [key(8)], LONG_S, "it is heard again")
+
+    asyncio.run(main())
+
+
+def test_a_source_that_fails_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(Chunks):
+        def suspect(self, key: bytes) -> None:
+            raise ZeroDivisionError
+
+    async def main() -> None:
+        async with transport(Broken()) as node:
+            with Stranger(zmq.DEALER, node.address) as stranger:
+                await stranger.say(Suspect(V, 0), key(1))
+                await stranger.say(Call(V, 1), b"alive?")
+                assert to_caller(await stranger.hear()) == (Answer(V, 1), b"alive?")
+
+    asyncio.run(main())
+    assert "the source of chunks failed" in caplog.text
+
+
 # --- readers that are of no use -----------------------------------------------------------------------------------
 def test_a_reader_that_never_grants_gets_its_window_and_no_more() -> None:
     async def main() -> None:
@@ -173,7 +219,7 @@ def test_a_reader_that_never_grants_gets_its_window_and_no_more() -> None:
         source.fill(60, MIB)
         async with transport(source) as node:
             with Stranger(zmq.DEALER, node.address) as greedy:
-                await greedy.say(Read(V, 1, READ_WINDOW_BYTES), encode_wanted(wants(range(60), MIB)))
+                await greedy.say(*encode_read(1, READ_WINDOW_BYTES, LONG_S, wants(range(60), MIB)))
                 for _ in range(15):
                     assert len((await greedy.hear())[1]) == MIB
                 async with transport() as good:
@@ -194,11 +240,29 @@ def test_a_reader_that_grants_nothing_is_dropped(monkeypatch: pytest.MonkeyPatch
         source.fill(3, MIB)
         async with transport(source) as node:
             with Stranger(zmq.DEALER, node.address) as idle:
-                await idle.say(Read(V, 1, READ_WINDOW_BYTES_MIN), encode_wanted(wants(range(3), MIB)))
+                await idle.say(*encode_read(1, READ_WINDOW_BYTES_MIN, LONG_S, wants(range(3), MIB)))
                 while len(parts := await idle.hear()) == 2:
                     pass
                 assert to_caller(parts)[0] == Refusal(V, 1, "no credit for 0.05 s")
                 assert node.stats().refused == 1
+                await wait_until_async(lambda: source.out == 0, LONG_S, "its loans are back")
+
+    asyncio.run(main())
+
+
+def test_a_read_is_kept_no_longer_than_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zmq_serve, "SWEEP_INTERVAL_S", 0.01)
+
+    async def main() -> None:
+        source = Chunks()
+        source.fill(3, MIB)
+        async with transport(source) as node:
+            with Stranger(zmq.DEALER, node.address) as late:
+                await late.say(*encode_read(1, READ_WINDOW_BYTES_MIN, 0.05, wants(range(3), MIB)))
+                while len(parts := await late.hear()) == 2:
+                    pass
+                assert to_caller(parts)[0] == Refusal(V, 1, "its 0.05 s are over")
+                assert (node.stats().expired, node.stats().refused) == (1, 0)
                 await wait_until_async(lambda: source.out == 0, LONG_S, "its loans are back")
 
     asyncio.run(main())
@@ -221,7 +285,7 @@ def test_a_reader_that_disappears_is_forgotten() -> None:
         node = await open_zmq("127.0.0.1", 0, source, handler)
         with Stranger(zmq.DEALER, node.address) as reader:
             reader.socket.rcvhwm = 1
-            await reader.say(Read(V, 1, READ_WINDOW_BYTES), encode_wanted(wants(range(60), MIB)))
+            await reader.say(*encode_read(1, READ_WINDOW_BYTES, LONG_S, wants(range(60), MIB)))
             await reader.say(Call(V, 2), b"")
             await asyncio.wait_for(began.wait(), LONG_S)
             await wait_until_async(lambda: node.stats().bytes_served == 15 * MIB, LONG_S, "the window is used up")
