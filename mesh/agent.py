@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import random
 import time
 from collections.abc import AsyncIterator
@@ -37,7 +38,7 @@ from kvmesh.sessions import Desk
 from kvmesh.settings import AgentSettings
 from kvmesh.spaces import describe, differences
 from kvmesh.store import Chunk, Store
-from kvmesh.transport import open_zmq
+from kvmesh.transport import backends
 from kvmesh.transport.errors import SettingsError
 from kvmesh.transport.limits import EXPIRY_SWEEP_S, GIB
 
@@ -150,8 +151,10 @@ def run(settings: AgentSettings, on_ready: Ready) -> None:
 
 
 @contextlib.asynccontextmanager
-async def open_agent(settings: AgentSettings, open_transport: OpenTransport = open_zmq) -> AsyncIterator[Agent]:
-    """An agent that runs on this loop until the block ends."""
+async def open_agent(settings: AgentSettings, open_transport: OpenTransport | None = None) -> AsyncIterator[Agent]:
+    """An agent that runs on this loop until the block ends. `open_transport`: else the backends of the settings."""
+    if open_transport is None:
+        open_transport = functools.partial(backends.open_transport, transports=settings.transports)
     total_bytes = host_facts().memory_total_bytes
     if settings.memory_bytes > total_bytes:
         # The kernel would promise it all the same, and end the agent when the promise falls due.

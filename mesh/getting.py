@@ -123,9 +123,7 @@ class Getting:
                 self.store.release(self.grant, chunk)
 
     async def _landing(self, flight: Flight) -> Fate:
-        try:
+        if not flight.done.done():  # chunks land many at a time
             # A flight belongs to all who wait for it: one waiter's deadline must not end it for the others.
-            async with asyncio.timeout(max(0.0, self.ask.deadline - time.monotonic())):
-                return await asyncio.shield(flight.done)
-        except TimeoutError:
-            return Fate.DEADLINE
+            await asyncio.wait([flight.done], timeout=max(0.0, self.ask.deadline - time.monotonic()))
+        return flight.done.result() if flight.done.done() else Fate.DEADLINE

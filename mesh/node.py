@@ -107,11 +107,12 @@ async def open_node(
 
 
 def _mesh_address(node: Node, settings: NodeSettings) -> str:
-    """Where others reach the transport: at the advertised address, when there is one."""
+    """Where others reach the transport: at the advertised address and port, where there are such."""
+    host, _, port = node.transport.address.rpartition(":")
+    port = str(settings.advertise_mesh_port or port)
     if node.gossip is None or not settings.advertise:
-        return node.transport.address
-    port = int(node.transport.address.rpartition(":")[2])
-    return text_of(Endpoint(node.gossip.network.endpoint.ip, port))
+        return f"{host}:{port}"
+    return text_of(Endpoint(node.gossip.network.endpoint.ip, int(port)))
 
 
 async def _open_gossip(settings: NodeSettings) -> Gossip:

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 MESH_PORT_DEFAULT = 7950
 GOSSIP_PORT_DEFAULT = 7951
+OWN_PORT = "the one that is listened on"
 MEMBERSHIPS = ("gossip", "static")
 PROFILES = ("lan", "wan", "local", "memberlist-lan")
 """The names of `kvmesh.discovery.swim.profile.PROFILES`, which is not imported here."""
+TRANSPORTS = ("shm", "nixl", "zmq")
+"""What can move chunks between two agents, in the order of preference. The last is always there."""
 LOG_LEVELS = ("debug", "info", "warning", "error")
 SOCKET_PATH_BYTES_MAX = 107
 """What fits into the kernel's ``sockaddr_un``; a longer path fails at bind with a message that says nothing."""
@@ -76,6 +79,9 @@ class NodeSettings:
     advertise: str = ""
     """``IP[:PORT]`` that others are told for this node's gossip; the IP goes with the mesh port, too. Empty: what is
     listened on."""
+    advertise_mesh_port: int = 0
+    """The port that others are told for this node's mesh port, where a container's or a proxy's stands in front of it.
+    0: what is listened on."""
     profile: str = "lan"
     label: str = ""
     """Packets of a mesh with another label are refused."""
@@ -108,6 +114,7 @@ class NodeSettings:
         parse_port(str(self.gossip_port), flag="--gossip-port")
         if self.advertise:
             parse_advertise(self.advertise)
+        parse_port(str(self.advertise_mesh_port), flag="--advertise-mesh-port", zero=OWN_PORT)
         _one_of("--profile", self.profile, PROFILES)
         if len(self.label.encode()) > LABEL_BYTES_MAX:
             raise SettingsError(f"--label: use at most {LABEL_BYTES_MAX} bytes")
@@ -128,6 +135,8 @@ class AgentSettings(NodeSettings):
 
     memory_bytes: int = ARENA_BYTES_DEFAULT
     socket: Path = field(default_factory=socket_default)
+    transports: tuple[str, ...] = TRANSPORTS
+    """What may move chunks between this agent and its peers, the best first; zmq is among them."""
 
     def __post_init__(self) -> None:
         # Not super(): a slotted dataclass is a second class, which the zero-argument form does not know.
@@ -139,6 +148,11 @@ class AgentSettings(NodeSettings):
                 f"--socket {self.socket}: the path of a unix socket has at most {SOCKET_PATH_BYTES_MAX} bytes; "
                 "use a shorter one"
             )
+        for name in self.transports:
+            _one_of("--transports", name, TRANSPORTS)
+        if len(set(self.transports)) != len(self.transports) or self.transports[-1:] != TRANSPORTS[-1:]:
+            given = ",".join(self.transports)
+            raise SettingsError(f"--transports {given!r}: name each once, and {TRANSPORTS[-1]} last")
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +168,19 @@ def parse_size(text: str, *, flag: str = "--memory") -> int:
     return int(float(match[1]) * SIZE_UNITS[match[2].upper()])
 
 
-def parse_port(text: str, *, flag: str = "--mesh-port") -> int:
-    """A port to listen on; 0 stands for any free one."""
+def parse_port(text: str, *, flag: str = "--mesh-port", zero: str = "any free one") -> int:
+    """A port, or 0: `zero` says what that stands for."""
     if not re.fullmatch(r"\d{1,5}", text) or int(text) > 65535:
-        raise SettingsError(f"{flag} {text}: use a port from 1 to 65535, or 0 for any free one")
+        raise SettingsError(f"{flag} {text}: use a port from 1 to 65535, or 0 for {zero}")
     return int(text)
+
+
+def parse_transports(text: str) -> tuple[str, ...]:
+    """The backends of ``shm,nixl,zmq``, in that order; zmq is the last, named or not."""
+    given = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for name in given:
+        _one_of("--transports", name, TRANSPORTS)
+    return (*(name for name in given if name != TRANSPORTS[-1]), TRANSPORTS[-1])
 
 
 def parse_advertise(text: str) -> tuple[str, int | None]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from . import chunks, gossipkeys, look, machine, processes
+from . import bench, chunks, gossipkeys, look, machine, processes
 
 
 def _version(wanted: bool) -> None:
@@ -47,3 +47,4 @@ for command in (
     machine.demo,
 ):
     app.command(name=command.__name__.rstrip("_"))(command)
+app.add_typer(bench.app, name="bench")

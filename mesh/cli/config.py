@@ -31,12 +31,13 @@ NODE_NAMES: dict[str, tuple[type, ...]] = {
     "membership": (str,),
     "gossip_port": (int,),
     "advertise": (str,),
+    "advertise_mesh_port": (int,),
     "profile": (str,),
     "label": (str,),
     "key_file": (str,),
     "state_dir": (str,),
 }
-AGENT_NAMES: dict[str, tuple[type, ...]] = {"memory": (str, int), "socket": (str,)}
+AGENT_NAMES: dict[str, tuple[type, ...]] = {"memory": (str, int), "socket": (str,), "transports": (str,)}
 COMMANDS = {"agent": {**NODE_NAMES, **AGENT_NAMES}, "controller": NODE_NAMES}
 WORDS = {str: "text", int: "a whole number", list: "a list of texts"}
 

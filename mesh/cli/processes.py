@@ -19,12 +19,15 @@ from kvmesh.settings import (
     LOG_LEVELS,
     MEMBERSHIPS,
     MESH_PORT_DEFAULT,
+    OWN_PORT,
     PROFILES,
+    TRANSPORTS,
     AgentSettings,
     ControllerSettings,
     name_default,
     parse_port,
     parse_size,
+    parse_transports,
     socket_default,
     state_dir_default,
 )
@@ -35,6 +38,7 @@ from .options import AsJson
 from .output import human_bytes, print_json, say
 
 MEMORY_DEFAULT = f"{ARENA_BYTES_DEFAULT // GIB}GiB"
+TRANSPORTS_DEFAULT = ",".join(TRANSPORTS)
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -79,6 +83,15 @@ Advertise = Annotated[
         envvar="KVMESH_ADVERTISE",
         show_default="what is listened on",
         help="Where others reach this node's gossip; the IP goes with the mesh port, too.",
+    ),
+]
+AdvertiseMeshPort = Annotated[
+    str,
+    typer.Option(
+        metavar="N",
+        envvar="KVMESH_ADVERTISE_MESH_PORT",
+        show_default=OWN_PORT,
+        help="The mesh port that others are told, where a container maps it to another one.",
     ),
 ]
 Profile = Annotated[
@@ -127,6 +140,14 @@ Socket = Annotated[
         help="Where engines and commands on this host reach the agent.",
     ),
 ]
+Transports = Annotated[
+    str,
+    typer.Option(
+        metavar="NAMES",
+        envvar="KVMESH_TRANSPORTS",
+        help=f"What may move chunks to and from peers, the best first; {TRANSPORTS[-1]} always may.",
+    ),
+]
 
 
 def agent(
@@ -138,12 +159,14 @@ def agent(
     join: Join = None,
     membership: Membership = MEMBERSHIPS[0],
     advertise: Advertise = "",
+    advertise_mesh_port: AdvertiseMeshPort = "0",
     profile: Profile = PROFILES[0],
     label: Label = "",
     key_file: KeyFile = None,
     state_dir: StateDir = None,
     memory: Memory = MEMORY_DEFAULT,
     socket: Socket = None,
+    transports: Transports = TRANSPORTS_DEFAULT,
     log_level: LogLevel = "info",
     as_json: AsJson = False,
 ) -> int:
@@ -157,12 +180,14 @@ def agent(
         membership=membership,
         gossip_port=parse_port(gossip_port, flag="--gossip-port"),
         advertise=advertise,
+        advertise_mesh_port=parse_port(advertise_mesh_port, flag="--advertise-mesh-port", zero=OWN_PORT),
         profile=profile,
         label=label,
         key_file=key_file,
         state_dir=state_dir or state_dir_default(),
         memory_bytes=parse_size(memory),
         socket=socket or socket_default(),
+        transports=parse_transports(transports),
     )
     from kvmesh.agent import run
 
@@ -180,6 +205,7 @@ def controller(
     join: Join = None,
     membership: Membership = MEMBERSHIPS[0],
     advertise: Advertise = "",
+    advertise_mesh_port: AdvertiseMeshPort = "0",
     profile: Profile = PROFILES[0],
     label: Label = "",
     key_file: KeyFile = None,
@@ -197,6 +223,7 @@ def controller(
         membership=membership,
         gossip_port=parse_port(gossip_port, flag="--gossip-port"),
         advertise=advertise,
+        advertise_mesh_port=parse_port(advertise_mesh_port, flag="--advertise-mesh-port", zero=OWN_PORT),
         profile=profile,
         label=label,
         key_file=key_file,
