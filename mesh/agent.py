@@ -81,7 +81,15 @@ class Agent:
         """Listen to peers and to clients, and join the mesh."""
         lender = Lender(self.store, self.arena, self.inspector)
         self.node = await open_node(
-            stack, self.settings, "agent", lender, self.journal, self.epoch, self.stats, self._open_transport
+            stack,
+            self.settings,
+            "agent",
+            lender,
+            self.journal,
+            self.epoch,
+            self.stats,
+            self._open_transport,
+            lambda: self.fetcher.rates.document(time.monotonic()),
         )
         self.fetcher = Fetcher(
             self.store,

@@ -86,8 +86,10 @@ async def open_node(
     epoch: int,
     stats: Callable[[], dict[str, Any]],
     open_transport: OpenTransport = open_zmq,
+    paths: Callable[[], list[dict[str, Any]]] = list,
 ) -> Node:
-    """A node whose transport listens; discovery is not started yet. `stack` closes it."""
+    """A node whose transport listens; discovery is not started yet. `stack` closes it. `stats` and `paths`: what the
+    role counts, and what it measured towards peers."""
     node = Node(settings.name, role, epoch)
     node.transport = await open_transport(settings.bind, settings.mesh_port, source, node.handle)
     stack.push_async_callback(node.transport.close)
@@ -102,7 +104,7 @@ async def open_node(
         meta=host_facts().to_meta(),
     )
     node.discovery = Discovery(identity, node.transport.call, journal, settings.join, gossip=node.gossip)
-    node.queries = queries.Queries(node.discovery, lambda: node.stats() | stats())
+    node.queries = queries.Queries(node.discovery, lambda: node.stats() | stats(), paths)
     return node
 
 

@@ -9,6 +9,7 @@ node says what it holds. One question changes something, and takes other nodes t
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
@@ -69,10 +70,16 @@ def encode(question: Question) -> bytes:
 class Queries:
     """Answers questions from one process's discovery. Runs on the loop."""
 
-    def __init__(self, discovery: Discovery, stats: Callable[[], dict[str, Any]]) -> None:
-        """`stats` gives this process's own counters."""
+    def __init__(
+        self,
+        discovery: Discovery,
+        stats: Callable[[], dict[str, Any]],
+        paths: Callable[[], list[dict[str, Any]]] = list,
+    ) -> None:
+        """`stats` gives this process's own counters, `paths` what it measured towards peers (`Rates.document`)."""
         self._discovery = discovery
         self._stats = stats
+        self._paths = paths
 
     def answer(self, body: bytes) -> bytes | Later:
         """The JSON document that answers `body`, or what gets it from others. Raises `ProtocolError` when it is no
@@ -98,9 +105,11 @@ class Queries:
         """Every member, this process first."""
         held = {node.name: node.totals for node in self._discovery.map.summary().nodes}
         own, now = self._discovery.identity.name, time.monotonic()
+        paths = {path["peer"]: path for path in sorted(self._paths(), key=_newest_last)}
         found = []
         for member in self._discovery.members():
             totals = held.get(member.name)
+            path = paths.get(member.name, {})
             found.append(
                 {
                     "name": member.name,
@@ -112,6 +121,8 @@ class Queries:
                     "chunks": totals.chunks if totals else 0,
                     "bytes": totals.size_bytes if totals else 0,
                     "rtt_s": None if member.name == own else member.rtt_s,
+                    "backend": path.get("backend"),
+                    "bytes_per_s": path.get("bytes_per_s"),
                     "head_age_s": 0.0 if member.name == own and member.head else head_age_s(member, now),
                     "up_s": up_s(member),
                     "gossip_address": member.gossip_address or None,
@@ -214,6 +225,10 @@ def up_s(member: Member) -> float | None:
     if member.state in (MemberState.FAILED, MemberState.LEFT) or not member.epoch:
         return None
     return round(max(0.0, time.time() - member.epoch / 1000), 1)
+
+
+def _newest_last(path: dict[str, Any]) -> float:
+    return -math.inf if path["age_s"] is None else -float(path["age_s"])
 
 
 def _described(description: bytes) -> dict[str, Any]:

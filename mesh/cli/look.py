@@ -49,7 +49,8 @@ def nodes(
 ) -> int:
     """Show the nodes: their state, address, and what they hold.
 
-    "head" is how long ago a node's newest head was told, "rtt" the round trip from the process that answers.
+    "head" is how long ago a node's newest head was told, "rtt" the round trip from the process that answers; "by" and
+    "rate" are how that process last read from the node, and how fast.
     """
     if watch and as_json:
         raise SettingsError("--watch and --json exclude each other: --json prints one document; repeat the command")
@@ -96,6 +97,8 @@ NODE_COLUMNS = (
     Column("bytes", number=True),
     Column("head", number=True, spare=True),
     Column("rtt", number=True),
+    Column("by", wide=True),
+    Column("rate", number=True, wide=True),
     Column("host", name=True, wide=True),
 )
 
@@ -114,10 +117,16 @@ def node_rows(document: Document) -> list[list[str]]:
             human_bytes(node["bytes"]),
             human_age(node.get("head_age_s")),
             human_duration(node["rtt_s"]),
+            node.get("backend") or NOTHING,
+            _rate(node.get("bytes_per_s")),
             _host(node.get("meta") or {}),
         ]
         for node in document["nodes"]
     ]
+
+
+def _rate(bytes_per_s: float | None) -> str:
+    return NOTHING if bytes_per_s is None else f"{human_bytes(int(bytes_per_s))}/s"
 
 
 def _host(meta: Mapping[str, str]) -> str:

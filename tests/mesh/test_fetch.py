@@ -126,6 +126,10 @@ def test_two_holders_share_a_chain(agents: LocalAgents) -> None:
     assert (stats["landed"], stats["bytes"]) == (10, 10 * LARGE.chunk_bytes), "each chunk once"
     assert {(row["peer"], row["backend"]) for row in stats["paths"]} == {("a", "memory"), ("b", "memory")}
     assert all(row["bytes"] >= 2 * LARGE.chunk_bytes for row in stats["paths"])
+    shown = {node["name"]: node for node in agents.mesh("r").nodes()["nodes"]}
+    assert shown["a"]["backend"] == shown["b"]["backend"] == "memory"
+    assert min(shown["a"]["bytes_per_s"], shown["b"]["bytes_per_s"]) > 0
+    assert shown["r"]["backend"] is None
     at_rest(agents, r)
 
 
