@@ -20,6 +20,7 @@ from kvmesh.transport.errors import ProtocolError
 from kvmesh.transport.limits import (
     FOLLOW_GATHER_S,
     FOLLOW_GATHER_S_MAX,
+    FOLLOW_GATHER_S_MIN,
     FOLLOW_WAIT_S,
     FOLLOWS_HELD_MAX,
     TICK_RETRY_S,
@@ -183,7 +184,9 @@ class Core:
 
     def _gather(self, now: float) -> None:
         if self._held and self._gather_until == _NEVER:
-            self._gather_until = now + min(FOLLOW_GATHER_S * len(self._held), FOLLOW_GATHER_S_MAX)
+            self._gather_until = now + min(
+                max(FOLLOW_GATHER_S * len(self._held), FOLLOW_GATHER_S_MIN), FOLLOW_GATHER_S_MAX
+            )
 
     def _answer_held(self, now: float, *, everyone: bool) -> list[Action]:
         """Answer the questions whose time is over, or all of them."""

@@ -10,6 +10,7 @@ loop, as a task of the session that asked.
 from __future__ import annotations
 
 import asyncio
+import math
 import struct
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from kvmesh.keys import part_key
 from kvmesh.leases import Grant
 from kvmesh.store import Chunk, Store
 from kvmesh.transport.interface import Slice
+from kvmesh.transport.limits import PROGRESS_GATHER_S
 
 
 def take_local(store: Store, grant: Grant, keys: Sequence[bytes], part: Slice | None) -> dict[bytes, Chunk]:
@@ -81,6 +83,7 @@ class Getting:
         used = fetched = 0
         fate = Fate.LANDED
         priced = False
+        reported_s = -math.inf
         try:
             while used < len(self.keys):
                 key = self.keys[used]
@@ -96,9 +99,10 @@ class Getting:
                     if flight is None:
                         fate = Fate.MISS
                         break
-                if not flight.done.done() and unsent:
+                if unsent and await self._is_late(flight, reported_s + PROGRESS_GATHER_S):
                     self.send(report(self.id, unsent, self.ask.part, final=False))
                     unsent = []
+                    reported_s = time.monotonic()
                 fate = await self._landing(flight)
                 others = fate is Fate.DEADLINE or (fate is Fate.PRICE and not priced)
                 if others and time.monotonic() < self.ask.deadline:
@@ -122,8 +126,14 @@ class Getting:
             for chunk in self.held.values():
                 self.store.release(self.grant, chunk)
 
+    async def _is_late(self, flight: Flight, until_s: float) -> bool:
+        """Whether the flight has not ended by then."""
+        left_s = min(until_s, self.ask.deadline) - time.monotonic()
+        if not flight.done.done() and left_s > 0:
+            await asyncio.wait([flight.done], timeout=left_s)
+        return not flight.done.done()
+
     async def _landing(self, flight: Flight) -> Fate:
-        if not flight.done.done():  # chunks land many at a time
-            # A flight belongs to all who wait for it: one waiter's deadline must not end it for the others.
-            await asyncio.wait([flight.done], timeout=max(0.0, self.ask.deadline - time.monotonic()))
-        return flight.done.result() if flight.done.done() else Fate.DEADLINE
+        # A flight belongs to all who wait for it: one waiter's deadline must not end it for the others.
+        late = await self._is_late(flight, self.ask.deadline)
+        return Fate.DEADLINE if late else flight.done.result()

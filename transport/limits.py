@@ -226,6 +226,8 @@ later, so that pings and snapshots always find a free call."""
 FOLLOW_GATHER_S: Final = 0.001
 """How long after a change a node waits, for each question that it holds, before it answers them all: entries gather
 meanwhile, and a busy journal with many followers does not answer each of them for each entry."""
+FOLLOW_GATHER_S_MIN: Final = 0.005
+"""Few followers do not wait for less: chunks land for milliseconds, and each answer takes processor time from them."""
 FOLLOW_GATHER_S_MAX: Final = 0.25
 FOLLOW_BEHIND_S: Final = 0.5
 """How long a head may show more than a follower has before its question counts as lost; grows when losses repeat."""
@@ -417,6 +419,9 @@ FETCH_CLOSE_S: Final = 5.0
 """How long a node that closes waits for its last reads to say that nothing is written any more."""
 EXPIRY_SWEEP_S: Final = 1.0
 """How often an agent looks for chunks whose ``ttl_s`` is over, and for leases that nobody renewed."""
+PROGRESS_GATHER_S: Final = 0.002
+"""The least time between two reports to a client of what has landed: each costs two processes a wake-up, and the
+bytes that are still to land their processor."""
 SESSION_BACKLOG_BYTES_MAX: Final = 16 * MIB
 """Answers that wait for a client that does not read. Beyond it the connection is closed."""
 PREFETCH_DEADLINE_DEFAULT_S: Final = 10.0
