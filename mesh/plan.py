@@ -5,11 +5,13 @@ A chunk's life in a plan: *waiting* (nobody was asked) → *asked* (one read or 
 
 | what happens | what the plan does |
 |---|---|
-| a holder does not have a chunk, or its bytes are wrong | asks another holder for it |
+| a holder does not have a chunk, or its bytes are wrong | asks another one for it, best one that is at work already |
+| the same | asks that holder no more for what others are said to have as well |
 | a read ends early: the holder is dead, or refuses | leaves the holder, deals out all that it owed |
 | the front is *late*, and another holder would be sooner | a *hedge*: asks that one for the first chunks as well |
 | a late holder is *slow*: the others would be done sooner | leaves it as if it were dead |
 | two holders failed a chunk, or nobody else has it | it is lost, and what waits behind it |
+| two holders did not have it, and nobody else is at work | the same |
 | there is no room to receive a chunk | it is lost, and what waits behind it |
 | the deadline | all that is not done is lost |
 | nobody can land the front by the deadline | all that is not done is lost at once: waiting costs, too |
@@ -97,7 +99,8 @@ class ReadPlan:
         self._states = bytearray(chunks)
         self._askers = bytearray(chunks)
         """How many open reads have the chunk."""
-        self._failures: dict[int, int] = {}
+        self._failures: dict[int, tuple[int, int]] = {}
+        """Of a chunk: how many holders failed it, and how many did not have it."""
         self._waiting = list(range(chunks))
         self._open = chunks
         self._front = 0
@@ -186,7 +189,8 @@ class ReadPlan:
         match event:
             case Missed() if event.chunk in read.left:
                 self._settle(read, event.chunk, now)
-                self._ask_again([event.chunk], read.source, actions)
+                self._doubt(read.source)
+                self._ask_again([event.chunk], read.source, actions, missed=True)
             case Held() if event.chunk in read.left:
                 self._settle(read, event.chunk, now)
                 if self._states[event.chunk] == _ASKED:
@@ -222,17 +226,25 @@ class ReadPlan:
         if tell:
             actions.append(Cancel(read.id, late))
 
-    def _ask_again(self, chunks: Iterable[int], failed: Source, actions: list[Action]) -> None:
+    def _ask_again(
+        self, chunks: Iterable[int], failed: Source, actions: list[Action], *, missed: bool = False
+    ) -> None:
+        """These chunks did not come from `failed`. `missed`: at the cost of a round trip only."""
         lost: list[int] = []
         again: list[int] = []
         for chunk in chunks:
             self._masks[chunk] &= ~failed.bit
-            failures = self._failures[chunk] = self._failures.get(chunk, 0) + 1
+            failures, misses = self._failures.get(chunk, (0, 0))
+            failures, misses = self._failures[chunk] = (failures + (not missed), misses + missed)
             if self._askers[chunk] or self._states[chunk] != _ASKED:
                 continue  # the other read of a hedge has it, or brought it
-            if failures >= FETCH_FAILED_HOLDERS_MAX or chunk > self._hole or not any(self._others(chunk)):
+            # Those that are at work for this plan anyway: the map was not wrong about them yet.
+            at_work = sum(s.bit for s in self._others(chunk) if not s.doubtful and (s.landed or s.out))
+            tried = failures + (0 if at_work else misses)
+            if tried >= FETCH_FAILED_HOLDERS_MAX or chunk > self._hole or not any(self._others(chunk)):
                 lost.append(chunk)
             else:
+                self._masks[chunk] = at_work or self._masks[chunk]
                 self._states[chunk] = _WAITING
                 again.append(chunk)
         if again:
@@ -241,6 +253,15 @@ class ReadPlan:
         # What waited for this holder alone waits for nobody now.
         lost += [c for c in self._waiting if failed.failed and not any(self._others(c))]
         self._lose(lost, Fate.MISS, actions)
+
+    def _doubt(self, source: Source) -> None:
+        """Ask a holder no more for what another one is said to have as well, after it did not have a chunk."""
+        if source.doubtful:
+            return
+        source.doubtful = True
+        for chunk in self._waiting:
+            if any(not other.doubtful for other in self._others(chunk)):
+                self._masks[chunk] &= ~source.bit
 
     def _lose(self, chunks: Sequence[int], fate: Fate, actions: list[Action]) -> None:
         """These chunks do not come, and what waits behind the first of them is not asked for."""

@@ -51,6 +51,8 @@ class Source:
     """It is asked for more when it owes no more than so many."""
     reads: int = 0
     failed: bool = False
+    doubtful: bool = False
+    """It did not have what the map says that it holds: the rest of what the map says is in doubt as well."""
     asked: bool = False
     busy_s: float = 0.0
     """How long it was at work, up to when it last had nothing to do."""

@@ -147,6 +147,18 @@ def test_not_held_costs_a_round_trip() -> None:
     assert world.commits[0] == pytest.approx(0.02 + MIB / G)
 
 
+@pytest.mark.parametrize("stale", [1, 2, 3])
+@pytest.mark.parametrize("told", [None, G])
+def test_holders_that_gave_everything_up_do_not_hide_the_one_that_has_it(stale: int, told: float | None) -> None:
+    """The map is late about several nodes that evicted the chain; one node, no faster than they, still has it."""
+    count = 64
+    gone = [SimHolder(G, told=told, not_held=frozenset(range(count))) for _ in range(stale)]
+    world = World(count, [*gone[:1], SimHolder(G, told=told), *gone[1:]]).run()
+    assert list(world.lost) == []
+    assert sorted(world.commits) == list(range(count))
+    assert max(world.failures.values(), default=0) <= 1, "no chunk is asked of a second one that lacks it"
+
+
 def test_a_silent_front_is_hedged_once() -> None:
     world = World(40, [SimHolder(G, told=G, stalls_at=0.005), SimHolder(G, told=G)]).run()
     hedges = [(at, start) for at, start in world.starts if start.hedge]
