@@ -18,11 +18,13 @@ from random import Random
 
 from kvmesh.transport.errors import ProtocolError
 from kvmesh.transport.limits import (
+    FOLLOW_GATHER_ENTRIES,
     FOLLOW_GATHER_S,
     FOLLOW_GATHER_S_MAX,
     FOLLOW_GATHER_S_MIN,
     FOLLOW_WAIT_S,
     FOLLOWS_HELD_MAX,
+    KEY_BYTES,
     TICK_RETRY_S,
 )
 
@@ -49,7 +51,7 @@ from .head import Head
 from .journal import Journal
 from .map import ClusterMap
 from .membership import Changed, Failed, HeadTold, Joined, Left, Membership, MemberState
-from .messages import Follow, Leave, Ping
+from .messages import Entries, Follow, Leave, Ping
 from .publishing import Hold, Publisher, Question
 
 _NEVER = float("inf")
@@ -101,6 +103,8 @@ class Core:
         self._held: dict[int, tuple[Follow, float]] = {}
         """By token, oldest first: the question, and until when it is held."""
         self._gather_until = _NEVER
+        self._answered_at = -_NEVER
+        """When followers were last told something new."""
         self._stopping = False
         if journal is not None:
             cluster.attach(journal)
@@ -140,6 +144,7 @@ class Core:
         actions: list[Action] = []
         if now >= self._gather_until:
             self._gather_until = _NEVER
+            self._answered_at = now
             actions += self._answer_held(now, everyone=True)
         else:
             actions += self._answer_held(now, everyone=False)
@@ -174,7 +179,15 @@ class Core:
             answer = self.publisher.answer(message, now)
         except ProtocolError as error:
             return [Refuse(token, str(error))]
+        next_s = self._answered_at + FOLLOW_GATHER_S_MIN
+        few = isinstance(answer, Entries) and len(answer.packed.keys) < FOLLOW_GATHER_ENTRIES * KEY_BYTES
+        if few and now < next_s and len(self._held) < FOLLOWS_HELD_MAX:
+            assert isinstance(message, Follow)
+            self._held[token] = (message, now + FOLLOW_WAIT_S)
+            self._gather_until = min(self._gather_until, next_s)
+            return []
         if not isinstance(answer, Hold):
+            self._answered_at = now
             return [Reply(token, answer)]
         assert isinstance(message, Follow)
         if len(self._held) >= FOLLOWS_HELD_MAX:
@@ -183,9 +196,11 @@ class Core:
         return []
 
     def _gather(self, now: float) -> None:
+        """The first change after a quiet time is told soon; while changes go on, so many times a second."""
         if self._held and self._gather_until == _NEVER:
-            self._gather_until = now + min(
-                max(FOLLOW_GATHER_S * len(self._held), FOLLOW_GATHER_S_MIN), FOLLOW_GATHER_S_MAX
+            self._gather_until = max(
+                now + min(FOLLOW_GATHER_S * len(self._held), FOLLOW_GATHER_S_MAX),
+                self._answered_at + FOLLOW_GATHER_S_MIN,
             )
 
     def _answer_held(self, now: float, *, everyone: bool) -> list[Action]:

@@ -144,6 +144,9 @@ UNSENT_BYTES_MAX: Final = 8 * MIB
 """Bytes that wait to be sent on one bulk connection: some lists of wanted chunks. A read beyond it is refused."""
 NAMES_AT_ONCE_MAX: Final = 8
 """Host names that are looked up at the same time."""
+LOANS_LOOK_S: Final = 0.01
+"""How often a holder looks which of its lent chunks libzmq is done with. To be told of each would wake the loop for
+each frame."""
 LOANS_RETURN_S: Final = 5.0
 """How long a closing transport waits for libzmq to be done with the last frames. It takes milliseconds."""
 INSTANCE_BYTES: Final = 16
@@ -226,8 +229,11 @@ later, so that pings and snapshots always find a free call."""
 FOLLOW_GATHER_S: Final = 0.001
 """How long after a change a node waits, for each question that it holds, before it answers them all: entries gather
 meanwhile, and a busy journal with many followers does not answer each of them for each entry."""
-FOLLOW_GATHER_S_MIN: Final = 0.005
-"""Few followers do not wait for less: chunks land for milliseconds, and each answer takes processor time from them."""
+FOLLOW_GATHER_S_MIN: Final = 0.02
+"""From one answer with news to the next: chunks land for tens of milliseconds, and each answer takes processor time
+from them."""
+FOLLOW_GATHER_ENTRIES: Final = 256
+"""So many entries are worth an answer at once: a follower that catches up does not wait."""
 FOLLOW_GATHER_S_MAX: Final = 0.25
 FOLLOW_BEHIND_S: Final = 0.5
 """How long a head may show more than a follower has before its question counts as lost; grows when losses repeat."""
@@ -419,7 +425,7 @@ FETCH_CLOSE_S: Final = 5.0
 """How long a node that closes waits for its last reads to say that nothing is written any more."""
 EXPIRY_SWEEP_S: Final = 1.0
 """How often an agent looks for chunks whose ``ttl_s`` is over, and for leases that nobody renewed."""
-PROGRESS_GATHER_S: Final = 0.002
+PROGRESS_GATHER_S: Final = 0.005
 """The least time between two reports to a client of what has landed: each costs two processes a wake-up, and the
 bytes that are still to land their processor."""
 SESSION_BACKLOG_BYTES_MAX: Final = 16 * MIB

@@ -3,8 +3,8 @@
 A frame is sent without a copy, so the chunk must stay as it is until libzmq has written the frame to the connection
 or dropped it. pyzmq keeps a reference to the sent buffer until then, and drops it in a thread of its own (its "gc"
 thread). So loans are exported through a numpy array that nothing else refers to: when the array dies, no frame is
-left, and they go back. The array's end is only noted in that thread; loans are released on the loop, where the source
-lives, a batch at a time.
+left, and they go back. The array's end is only noted in that thread; the loop, where the source lives, looks every
+`LOANS_LOOK_S` and releases what is noted.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .interface import ChunkSource, Loan
+from .limits import LOANS_LOOK_S
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ class LoansOut:
         if region is not None:
             self._arena = np.ctypeslib.as_array((ctypes.c_uint8 * region.size_bytes).from_address(region.address))
         self._dead: deque[Sequence[Loan]] = deque()
-        self._noted = False
+        self._timer: asyncio.TimerHandle | None = None
         self._out = 0
         self._none_out = asyncio.Event()
         self._none_out.set()
@@ -70,7 +71,9 @@ class LoansOut:
         else:
             assert self._arena is not None
             array = self._arena[loans[0].offset : loans[-1].offset + loans[-1].buffer.nbytes]
-        weakref.finalize(array, self._note, loans).atexit = False
+        weakref.finalize(array, self._dead.append, loans).atexit = False
+        if self._timer is None:
+            self._timer = self._loop.call_later(LOANS_LOOK_S, self._release)
         self._out += 1
         self._none_out.clear()
         return array.data
@@ -79,22 +82,12 @@ class LoansOut:
         """Wait until no loan is out."""
         await self._none_out.wait()
 
-    def _note(self, loans: Sequence[Loan]) -> None:
-        """The exported array is going. Called in whichever thread dropped it last; does not block."""
-        self._dead.append(loans)
-        if self._noted:
-            return  # the release that is due finds these as well
-        self._noted = True
-        try:
-            self._loop.call_soon_threadsafe(self._release)
-        except RuntimeError:  # the loop is closed: nobody is left to be raced with
-            self._release()
-
     def _release(self) -> None:
-        self._noted = False
+        """Give back what is not on its way any more, and look again as long as something is."""
         while self._dead:
             for loan in self._dead.popleft():
                 loan.release()
             self._out -= 1
+        self._timer = self._loop.call_later(LOANS_LOOK_S, self._release) if self._out else None
         if not self._out:
             self._none_out.set()

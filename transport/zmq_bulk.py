@@ -31,7 +31,7 @@ from .zmq_reads import Active, BulkRead, Reads
 
 log = logging.getLogger(__name__)
 
-REPORT_S: Final = 0.001
+REPORT_S: Final = 0.002
 """Landings of a read that goes on are told at most so often, since each time costs the loop a wake-up: 256 MiB in
 chunks of 64 KiB cost 15 % less of the CPU, in chunks of 1 MiB 25 %. The end of a read is told at once."""
 

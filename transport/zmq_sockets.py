@@ -18,7 +18,7 @@ import asyncio
 import ipaddress
 import re
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, cast
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -43,6 +43,8 @@ CONTROL_FRAME_BYTES_MAX: Final = MESSAGE_BYTES_MAX + 64 * KIB
 """Somewhat more than a message may have: one just over the bound is counted, one far over it costs the connection."""
 SOCKETS_PER_PEER: Final = 4
 """Control, with the two ends of its monitor, and one to spare."""
+ZERO_COPY_BYTES_MIN: Final = 16 * KIB
+"""A part below this is cheaper copied than kept track of."""
 MESSAGES_PER_TURN: Final = 64
 """Messages of one socket that are handled before the loop gets its turn."""
 LOST: Final = (
@@ -140,7 +142,10 @@ class LoopSocket:
     def send(self, parts: Sequence[Buffer], *, copy: bool = True) -> None:
         """Queue one message. Raises `zmq.Again` when the queue is full, another `ZMQError` when the peer is gone."""
         try:
-            self._socket.send_multipart(parts, zmq.NOBLOCK, copy=copy)
+            last = len(parts) - 1
+            for place, part in enumerate(parts):
+                flags = zmq.NOBLOCK if place == last else zmq.NOBLOCK | zmq.SNDMORE
+                self._socket.send(part, flags, copy=copy or len(part) < ZERO_COPY_BYTES_MIN)
         finally:
             # The descriptor tells of changes, not of states, and a send may have taken the news of a message in.
             self._drain_soon()
@@ -162,11 +167,9 @@ class LoopSocket:
         for _ in range(MESSAGES_PER_TURN):
             if self._closed:
                 return
-            try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            if not cast(int, self._socket.get(zmq.EVENTS)) & zmq.POLLIN:  # cheaper than to try and catch `zmq.Again`
                 return
-            self._on_message(parts)
+            self._on_message(self._socket.recv_multipart(zmq.NOBLOCK))
         self._drain_soon()
 
 
