@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from kvmesh.host import HostFacts, host_facts
+from kvmesh.settings import transports_default
 from kvmesh.transport.errors import AgentUnavailableError, KVMeshError, VersionMismatchError
 from kvmesh.transport.limits import GIB, MIB
 
@@ -46,7 +47,6 @@ PACKAGES = (
     ("safetensors", "0.5", True),
     ("transformers", "5.19", False),
 )
-NIXL_PACKAGES = ("nixl", "nixl-cu12", "nixl-cu13")
 VersionOf = Callable[[str], str | None]
 
 
@@ -81,6 +81,8 @@ def examine(
     connect: Callable[[Path], AgentConnection],
 ) -> list[Finding]:
     """Every check, with what an agent on this machine would be told."""
+    from kvmesh.transport.nixl import nixl_missing_reason  # not above: it brings numpy
+
     facts = host_facts()
     shm = shutil.disk_usage(DEV_SHM).total if os.path.isdir(DEV_SHM) else None
     agent, addresses = check_agent(agent_socket, os.getuid(), connect)
@@ -97,7 +99,7 @@ def examine(
         check_memlock(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0], arena_bytes),
         check_descriptors(*resource.getrlimit(resource.RLIMIT_NOFILE)),
         check_gpus(facts, version_of("torch")),
-        check_nixl(version_of),
+        check_nixl(nixl_missing_reason(), "nixl" in transports_default()),
     ]
 
 
@@ -305,12 +307,15 @@ def check_gpus(facts: HostFacts, torch_version: str | None) -> Finding:
     return Finding("gpus", "ok", what)
 
 
-def check_nixl(version_of: VersionOf) -> Finding:
-    """NIXL is optional; what is there is shown."""
-    for package in NIXL_PACKAGES:
-        if found := version_of(package):
-            return Finding("nixl", "note", f"{package} {found}; this version of kvmesh moves bytes over TCP")
-    return Finding("nixl", "note", "not installed, and not needed: bytes move over TCP")
+def check_nixl(missing: str | None, rdma: bool) -> Finding:
+    """NIXL is optional, and of use where there is RDMA. `missing`: why it cannot be used."""
+    if not rdma:
+        there = "not installed" if missing else "installed"
+        return Finding("nixl", "note", f"{there}, and not needed: without RDMA bytes move by shared memory and TCP")
+    if missing:
+        advice = "install it: pip install --no-deps nixl-cu12==1.5.1"
+        return Finding("nixl", "warning", f"this host has RDMA, and {missing}", advice)
+    return Finding("nixl", "ok", "installed, and this host has RDMA")
 
 
 def _listens(path: Path) -> bool:

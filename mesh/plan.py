@@ -226,9 +226,7 @@ class ReadPlan:
         if tell:
             actions.append(Cancel(read.id, late))
 
-    def _ask_again(
-        self, chunks: Iterable[int], failed: Source, actions: list[Action], *, missed: bool = False
-    ) -> None:
+    def _ask_again(self, chunks: Iterable[int], failed: Source, actions: list[Action], *, missed: bool = False) -> None:
         """These chunks did not come from `failed`. `missed`: at the cost of a round trip only."""
         lost: list[int] = []
         again: list[int] = []

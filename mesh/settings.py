@@ -28,6 +28,7 @@ PROFILES = ("lan", "wan", "local", "memberlist-lan")
 """The names of `kvmesh.discovery.swim.profile.PROFILES`, which is not imported here."""
 TRANSPORTS = ("shm", "nixl", "zmq")
 """What can move chunks between two agents, in the order of preference. The last is always there."""
+RDMA_DEVICES = Path("/sys/class/infiniband")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 SOCKET_PATH_BYTES_MAX = 107
 """What fits into the kernel's ``sockaddr_un``; a longer path fails at bind with a message that says nothing."""
@@ -55,6 +56,16 @@ def state_dir_default() -> Path:
     if home.is_absolute() and os.access(home, os.W_OK | os.X_OK):
         return home / ".local" / "state" / "kvmesh"
     return Path("/tmp") / f"kvmesh-{os.getuid()}"  # noqa: S108 - whoever writes there makes it 0700 and checks its owner
+
+
+def transports_default() -> tuple[str, ...]:
+    """What may move chunks when nobody says otherwise: NIXL only where there is RDMA. Over plain TCP it is slower than
+    zmq, and UCX asks nobody for a key there."""
+    try:
+        rdma = any(RDMA_DEVICES.iterdir())
+    except OSError:
+        rdma = False
+    return TRANSPORTS if rdma else tuple(name for name in TRANSPORTS if name != "nixl")
 
 
 def name_default() -> str:
@@ -135,7 +146,7 @@ class AgentSettings(NodeSettings):
 
     memory_bytes: int = ARENA_BYTES_DEFAULT
     socket: Path = field(default_factory=socket_default)
-    transports: tuple[str, ...] = TRANSPORTS
+    transports: tuple[str, ...] = field(default_factory=transports_default)
     """What may move chunks between this agent and its peers, the best first; zmq is among them."""
 
     def __post_init__(self) -> None:

@@ -115,10 +115,10 @@ class MeshTransport:
         """Offer NIXL as well, where its package is installed and works. It moves bytes into the arena alone."""
         if "nixl" not in self._transports or self._region is None:
             return
-        try:
-            nixl = importlib.import_module(".nixl", __package__)
-        except ImportError as error:
-            log.info("nixl is not offered: %s", error)
+        nixl = importlib.import_module(".nixl", __package__)
+        reason = nixl.nixl_missing_reason()
+        if reason is not None:
+            log.warning("nixl is not offered: %s", reason)
             return
         end: OneSidedEnd | None = await nixl.open_nixl(self._region, host)
         if end is not None:

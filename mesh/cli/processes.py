@@ -30,6 +30,7 @@ from kvmesh.settings import (
     parse_transports,
     socket_default,
     state_dir_default,
+    transports_default,
 )
 from kvmesh.transport.limits import ARENA_BYTES_DEFAULT, GIB
 
@@ -38,7 +39,6 @@ from .options import AsJson
 from .output import human_bytes, print_json, say
 
 MEMORY_DEFAULT = f"{ARENA_BYTES_DEFAULT // GIB}GiB"
-TRANSPORTS_DEFAULT = ",".join(TRANSPORTS)
 Config = Annotated[
     Path | None,
     typer.Option(
@@ -145,6 +145,7 @@ Transports = Annotated[
     typer.Option(
         metavar="NAMES",
         envvar="KVMESH_TRANSPORTS",
+        show_default="shm,zmq; with RDMA shm,nixl,zmq",
         help=f"What may move chunks to and from peers, the best first; {TRANSPORTS[-1]} always may.",
     ),
 ]
@@ -166,7 +167,7 @@ def agent(
     state_dir: StateDir = None,
     memory: Memory = MEMORY_DEFAULT,
     socket: Socket = None,
-    transports: Transports = TRANSPORTS_DEFAULT,
+    transports: Transports = "",
     log_level: LogLevel = "info",
     as_json: AsJson = False,
 ) -> int:
@@ -187,7 +188,7 @@ def agent(
         state_dir=state_dir or state_dir_default(),
         memory_bytes=parse_size(memory),
         socket=socket or socket_default(),
-        transports=parse_transports(transports),
+        transports=parse_transports(transports) if transports else transports_default(),
     )
     from kvmesh.agent import run
 

@@ -225,9 +225,19 @@ def test_gpus(driver: str, gpus: int, torch: str | None, status: str):
     assert doctor.check_gpus(facts, torch).status == status
 
 
-def test_nixl():
-    assert doctor.check_nixl(lambda name: None).what == "not installed, and not needed: bytes move over TCP"
-    assert "nixl-cu12 1.0" in doctor.check_nixl({"nixl-cu12": "1.0"}.get).what
+@pytest.mark.parametrize(
+    ("missing", "rdma", "status", "says"),
+    [
+        ("no package", False, "note", "not installed, and not needed"),
+        (None, False, "note", "installed, and not needed"),
+        ("no package", True, "warning", "this host has RDMA, and no package"),
+        (None, True, "ok", "this host has RDMA"),
+    ],
+)
+def test_nixl(missing: str | None, rdma: bool, status: str, says: str):
+    finding = doctor.check_nixl(missing, rdma)
+    assert finding.status == status
+    assert says in finding.what
 
 
 def test_the_whole_examination_of_this_machine(tmp_path: Path):

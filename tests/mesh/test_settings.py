@@ -31,7 +31,7 @@ def test_defaults_are_usable():
     assert (settings.advertise, settings.label, settings.key_file) == ("", "", None)
     assert settings.members_file == state_dir_default() / f"{name_default()}.members"
     assert settings.memory_bytes == 4 << 30
-    assert (settings.advertise_mesh_port, settings.transports) == (0, ("shm", "nixl", "zmq"))
+    assert settings.advertise_mesh_port == 0
     assert settings.socket == socket_default()
 
 
@@ -196,3 +196,18 @@ def test_the_state_is_kept_where_the_environment_says(monkeypatch: pytest.Monkey
     assert state_dir_default() == Path("/tmp/kvmesh-1234")
     monkeypatch.setenv("HOME", ".")
     assert state_dir_default() == Path("/tmp/kvmesh-1234")
+
+
+@pytest.mark.parametrize(
+    ("devices", "expected"), [(("mlx5_0",), ("shm", "nixl", "zmq")), ((), ("shm", "zmq")), (None, ("shm", "zmq"))]
+)
+def test_nixl_is_used_unasked_only_where_there_is_rdma(
+    devices: tuple[str, ...] | None, expected: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "infiniband"
+    if devices is not None:
+        folder.mkdir()
+        for name in devices:
+            (folder / name).mkdir()
+    monkeypatch.setattr("kvmesh.settings.RDMA_DEVICES", folder)
+    assert AgentSettings().transports == expected
