@@ -69,7 +69,7 @@ class Ask:
 class Flight:
     """One chunk on its way, and the owners who get a lease of it when it lands."""
 
-    __slots__ = ("chunk", "done", "fetch", "key", "kept", "waiters")
+    __slots__ = ("chunk", "done", "fetch", "kept", "key", "waiters")
 
     def __init__(self, key: bytes) -> None:
         self.key = key
