@@ -132,7 +132,8 @@ def test_an_error_of_the_protocol_at_a_tick_or_a_journal_entry_is_counted_and_it
             raise ZeroDivisionError
 
         monkeypatch.setattr(GossipMembership, "handle", fail)
-        b.admit(1)  # whoever stores a chunk hears nothing of it
+        b.admit(1)  # whoever stores a chunk hears nothing of it: discovery is told in the loop's next turn
+        await asyncio.sleep(0)
         a.discovery._on_timer()
         monkeypatch.setattr(GossipMembership, "handle", handle)
         assert b.discovery.stats().unexpected_errors >= 1

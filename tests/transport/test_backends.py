@@ -239,6 +239,9 @@ def test_a_backend_that_fails_in_mid_read_is_left_out_and_the_read_goes_on(monke
             nonlocal moved
             moved += 1
             if moved > 2:
+                await wait_until_async(
+                    lambda: reader.stats().bytes_read_shm == 2 * batch_bytes, LONG_S, "two batches have landed"
+                )
                 raise UnreachableError("the path is gone")
             await real(self)
 
