@@ -36,7 +36,7 @@ BASELINES := hiredis==3.5.0 mooncake-transfer-engine-non-cuda==0.3.13.post1
 BASELINES_DEBIAN := redis-server redis-tools libjemalloc2 liblzf1 libatomic1 libibverbs1 libnl-3-200 libnl-route-3-200 \
 	libnuma1
 
-.PHONY: help setup demo test test-transformers check sim fuzz bench clean distclean
+.PHONY: help setup demo test test-transformers check sim fuzz soak bench clean distclean
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
@@ -78,6 +78,10 @@ sim: $(MADE)/dev $(MADE)/package ## the protocols under a simulator with virtual
 fuzz: $(MADE)/dev $(MADE)/package ## the decoders of gossip under 10 million mutated inputs
 	@echo "==> fuzz: what comes from the network, mutated" >&2
 	@$(BIN)/python -m tests.fuzz $(or $(ARGS),--inputs 10000000)
+
+soak: $(MADE)/dev $(MADE)/package ## 10 minutes of gets under kills, stops, cuts, flipped bits and evictions
+	@echo "==> soak: real agents under faults; every byte that is delivered is checked" >&2
+	@$(BIN)/python -m tests.soak $(or $(ARGS),--minutes 10)
 
 bench: $(MADE)/demo $(MADE)/package $(MADE)/bench ## every benchmark, each beside its baseline
 	@echo "==> bench: each figure beside a baseline measured in the same run" >&2
