@@ -81,7 +81,12 @@ fuzz: $(MADE)/dev $(MADE)/package ## the decoders of gossip under 10 million mut
 
 soak: $(MADE)/dev $(MADE)/package ## 10 minutes of gets under kills, stops, cuts, flipped bits and evictions
 	@echo "==> soak: real agents under faults; every byte that is delivered is checked" >&2
-	@$(BIN)/python -m tests.soak $(or $(ARGS),--minutes 10)
+ifeq ($(strip $(ARGS)),)
+	@$(BIN)/python -m tests.soak --minutes 10
+	@$(BIN)/python -m tests.soak --flips 1000000
+else
+	@$(BIN)/python -m tests.soak $(ARGS)
+endif
 
 bench: $(MADE)/demo $(MADE)/package $(MADE)/bench ## every benchmark, each beside its baseline
 	@echo "==> bench: each figure beside a baseline measured in the same run" >&2

@@ -165,7 +165,8 @@ class Mesh:
                 if left := [key for key, _ in new[len(sums) :]]:
                     connection.send(protocol.Abandon(0, protocol.pack_keys(left)))
         refused = sum(offset == Refusal.FULL for offset in offsets)
-        return PutResult(stored, len(keys) - len(new) - refused, refused, stored * space.chunk_bytes)
+        # What came from a peer while it was written here counts as there already.
+        return PutResult(stored, len(keys) - stored - refused, refused, stored * space.chunk_bytes)
 
     def get(
         self,

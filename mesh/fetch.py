@@ -112,6 +112,7 @@ class Fetcher:
         self._fetches: set[Fetch] = set()
         self._reads: set[Read] = set()
         self._warned: dict[str, float] = {}
+        self._closed = False
 
     def want(self, owner: Owner | None, keys: Sequence[bytes], ask: Ask) -> dict[bytes, Flight]:
         """Put the front of the missing `keys` under way, as far as some node has them and it pays.
@@ -125,7 +126,7 @@ class Fetcher:
         peers: list[Peer] = []
         count = 0
         refused = False
-        if fresh and len(self._fetches) < FETCHES_MAX:
+        if fresh and len(self._fetches) < FETCHES_MAX and not self._closed:
             count, refused, peers = self._prospect(fresh, ask)
         flights: list[Flight] = []
         joined: dict[bytes, Flight] = {}
@@ -192,7 +193,8 @@ class Fetcher:
         }
 
     async def close(self) -> None:
-        """End every flight, and wait until nothing writes to the arena any more."""
+        """End every flight, begin no other, and wait until nothing writes to the arena any more."""
+        self._closed = True
         for fetch in list(self._fetches):
             fetch.stop()
         tasks = [read.task for read in self._reads]

@@ -163,6 +163,8 @@ class Fetch:
         if self._timer is not None:
             self._timer.cancel()
         self.fetcher.counts["reassigned"] += self.plan.reassigned
+        # Who waits for a chunk uses it; what was asked for ahead of time is to be evicted in order as well.
+        self.fetcher.store.touch([flight.key for flight in self.flights if flight.kept])
         self.fetcher.over(self)
 
 

@@ -81,6 +81,7 @@ class Getting:
         flights: dict[bytes, Flight] = {}
         unsent: list[Chunk] = []
         used = fetched = 0
+        stored: list[bytes] = []
         fate = Fate.LANDED
         priced = False
         reported_s = -math.inf
@@ -89,6 +90,7 @@ class Getting:
                 key = self.keys[used]
                 if key in self.held:
                     unsent.append(self.held.pop(key))
+                    stored.append(unsent[-1].key)
                     used += 1
                     continue
                 flight = flights.get(key)
@@ -112,12 +114,17 @@ class Getting:
                     flights = {k: f for k, f in flights.items() if not f.done.done() or f.chunk is not None}
                     continue
                 chunk = flight.chunk
-                if fate is not Fate.LANDED or chunk is None or self.store.leased(self.grant, chunk.offset) is not chunk:
+                if fate is not Fate.LANDED:
+                    break
+                if chunk is None or self.store.leased(self.grant, chunk.offset) is not chunk:
+                    fate = Fate.MISS  # the time of the grant is over, or the chunk's own
                     break
                 unsent.append(chunk)
+                stored.append(chunk.key)
                 del flights[key]
                 used += 1
                 fetched += 1
+            self.store.touch(stored)  # as they landed the front would be the first to be evicted
             moved = fetched * (self.ask.chunk_bytes if self.ask.part is None else self.ask.part.bytes)
             self.send(report(self.id, unsent, self.ask.part, final=True, fetched=fetched, moved=moved, why=fate.value))
         finally:

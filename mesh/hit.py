@@ -163,7 +163,8 @@ class Hit:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-        if kind is None and self._offsets:
+        # Beside another failure of the mesh as well: what was copied before it is worth something only if this is not.
+        if self._offsets and (kind is None or (issubclass(kind, KVMeshError) and not issubclass(kind, LeaseError))):
             self._leases.check()
 
     def __repr__(self) -> str:
@@ -185,6 +186,7 @@ class Hit:
         except BaseException:  # Ctrl-C in the middle of a wait
             self._abort(LeaseError("this hit was interrupted while its chunks were on the way"))
             raise
+        self._leases.begun = True
         self._offsets.extend(report.offsets)
         self._checksums.extend(protocol.unpack_checksums(report.checksums, len(report.offsets)))
         self._wholes.update(report.wholes)
@@ -234,6 +236,7 @@ class Leases:
         self.epoch = connection.welcome.epoch
         self.session = connection.welcome.session
         self.get = get
+        self.begun = False
         self._connection = connection
         self._expires_s = expires_s
         self._on_over = on_over
@@ -261,7 +264,7 @@ class Leases:
         """A view of `offset` comes to be; call the result when it is gone."""
         with self._lock:
             self._views[offset] = self._views.get(offset, 0) + 1
-        return functools.partial(self._gone, offset)
+        return functools.partial(self._gone, [offset])
 
     def end(self, offsets: list[int]) -> None:
         """The hit is closed: return what no view looks at, and the rest as views go."""
@@ -273,8 +276,11 @@ class Leases:
             self._ended.difference_update(free)
         self._return(free)
 
-    def _gone(self, offset: int) -> None:
+    def _gone(self, view: list[int]) -> None:
         with self._lock:
+            if not view:
+                return  # a view that could not be made may end twice
+            offset = view.pop()
             self._views[offset] -= 1
             if self._views[offset]:
                 return

@@ -46,9 +46,13 @@ class Node:
         self.gossip: Gossip | None = None
         self.discovery: Discovery
         self.queries: queries.Queries
+        self.is_whole = False
+        """Discovery and queries are there. The transport listens before, and peers of an earlier start call at once."""
 
     async def handle(self, request: bytes) -> bytes:
         """Answer a peer's call."""
+        if not self.is_whole:
+            raise ProtocolError("this node is starting")
         if request.startswith(discovery.CALL_PREFIX):
             return await self.discovery.handle(request[1:])
         if request.startswith(queries.CALL_PREFIX):
@@ -105,6 +109,7 @@ async def open_node(
     )
     node.discovery = Discovery(identity, node.transport.call, journal, settings.join, gossip=node.gossip)
     node.queries = queries.Queries(node.discovery, lambda: node.stats() | stats(), paths)
+    node.is_whole = True
     return node
 
 

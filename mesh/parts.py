@@ -73,8 +73,8 @@ def _layers_and_heads(space: Namespace, layers: Range | None, heads: Range | Non
         )
     spec = space.tensors["kv"]
     item_bytes = spec.bytes // math.prod(spec.shape)
-    layer, layer_end = _range("layers", layers or (0, space.layers), space.layers)
-    head, head_end = _range("heads", heads or (0, space.kv_heads), space.kv_heads)
+    layer, layer_end = _range("layers", (0, space.layers) if layers is None else layers, space.layers)
+    head, head_end = _range("heads", (0, space.kv_heads) if heads is None else heads, space.kv_heads)
     head_bytes = space.chunk_tokens * space.head_dim * item_bytes
     row_bytes = space.kv_heads * head_bytes  # K, or V, of one layer
     shape = (layer_end - layer, 2, head_end - head, space.chunk_tokens, space.head_dim)

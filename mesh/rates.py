@@ -98,7 +98,7 @@ class Rates:
         measured = self._paths.get(path)
         if measured is None:
             return
-        if late_bytes and now > measured.window_at:
+        if late_bytes and now - measured.window_at >= RATE_SAMPLE_S_MIN:  # else another one said so just now
             self._sample(measured, measured.bytes + late_bytes, now)
         measured.active = max(0, measured.active - 1)
         if not measured.active:

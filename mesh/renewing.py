@@ -26,6 +26,8 @@ class Renewable(Protocol):
     """Of the agent that gave them: its start."""
     session: int
     get: int
+    begun: bool
+    """The agent has answered the get: before that it may not know of the leases yet."""
 
     def last_until(self, expires_s: float) -> None:
         """They last until then, on this process's monotonic clock; 0: they are over."""
@@ -93,13 +95,16 @@ class Renewals:
 
     def _renew(self, living: list[Renewable]) -> None:
         asked_s = time.monotonic()
+        begun = [leases.begun for leases in living]
         answer = self._exchange([(leases.session, leases.get) for leases in living])
         if answer is None:
             return  # they run out by the clock unless the agent answers in time
         epoch, lasting = answer
-        for leases, lasts in zip(living, lasting, strict=True):
+        for leases, known, lasts in zip(living, begun, lasting, strict=True):
             if leases.epoch != epoch:
                 # The agent that gave them is gone, and with it all who could write to its arena: the bytes stay.
                 leases.last_until(float("inf"))
-            else:
-                leases.last_until(asked_s + self._lease_s if lasts else 0.0)
+            elif lasts:
+                leases.last_until(asked_s + self._lease_s)
+            elif known:
+                leases.last_until(0.0)

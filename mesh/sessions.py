@@ -240,7 +240,7 @@ class Session(asyncio.Protocol):
 
     def _prefetch(self, request: protocol.Prefetch) -> int:
         space = self._space(request.space_id)
-        keys = [k for k in protocol.unpack_keys(request.keys) if self._desk.store.get(k) is None]
+        keys = [k for k in _chain(request.keys) if self._desk.store.get(k) is None]
         deadline, rate = time.monotonic() + _bounded(request.deadline_s), request.prefill_tokens_per_s
         ask = _ask(space, deadline, rate if rate and rate > 0 else None, None)
         flights = self._desk.fetcher.want(None, keys, ask).values()
@@ -263,20 +263,19 @@ class Session(asyncio.Protocol):
         desk = self._desk
         space = self._space(request.space_id)
         part = _slice(space, request.part)
-        keys = protocol.unpack_keys(request.keys)
-        if len(set(keys)) != len(keys):
-            raise CallerError("the chain names a chunk twice: give each key once, in the order of the prompt")
+        keys = _chain(request.keys)
         if desk.grants.count(self._number) >= GRANTS_PER_CLIENT_MAX:
             raise CallerError("this connection has too many hits open: release some before asking for more")
         now = time.monotonic()
         grant = desk.grants.open(self._number, request.id, request.lease_s, now)
         held = take_local(desk.store, grant, keys, part)
-        if len(held) == len(keys):
-            self._send(report(request.id, list(held.values()), part, final=True, why=Fate.LANDED.value))
-            self._done(grant)
-        elif len(self._tasks) >= CLIENT_REQUESTS_MAX or self._leased() > OWNED_CHUNKS_MAX:
+        complete = len(held) == len(keys)
+        if self._leased() > OWNED_CHUNKS_MAX or (not complete and len(self._tasks) >= CLIENT_REQUESTS_MAX):
             desk.grants.end(self._number, request.id)
             raise CallerError("this connection has too many requests or leases open: wait for some to end")
+        if complete:
+            self._send(report(request.id, list(held.values()), part, final=True, why=Fate.LANDED.value))
+            self._done(grant)
         else:
             rate = request.prefill_tokens_per_s
             ask = _ask(space, now + _bounded(request.deadline_s), rate if rate and rate > 0 else None, part)
@@ -293,8 +292,10 @@ class Session(asyncio.Protocol):
 
     def _done(self, grant: Grant) -> None:
         """A grant of which nothing is leased any more, and nothing will be, is over."""
-        if not grant.busy and not self._desk.store.leased_by(grant):
-            self._desk.grants.end(grant.session, grant.get)
+        grants = self._desk.grants
+        over = not grant.busy and not self._desk.store.leased_by(grant)
+        if over and grants.find(grant.session, grant.get) is grant:  # not one that took its number
+            grants.end(grant.session, grant.get)
 
     def _release(self, request: protocol.Release) -> None:
         grant = self._desk.grants.find(self._number, request.get)
@@ -311,11 +312,20 @@ class Session(asyncio.Protocol):
         return sum(self._desk.store.leased_by(grant) for grant in self._desk.grants.of(self._number))
 
 
+def _chain(blob: bytes) -> list[bytes]:
+    """The keys of a chain. Raises `CallerError` when one stands there twice."""
+    keys = protocol.unpack_keys(blob)
+    if len(set(keys)) != len(keys):
+        raise CallerError("the chain names a chunk twice: give each key once, in the order of the prompt")
+    return keys
+
+
 def _slice(space: Namespace, numbers: tuple[int, int, int, int] | None) -> Slice | None:
     """The part of each chunk that a client asks for. Raises `CallerError` when a chunk has no such part."""
     if numbers is None:
         return None
-    part = Slice(*numbers)
+    offset, run, stride, count = numbers
+    part = Slice(offset, run, stride if count > 1 else 0, count)  # of one run the stride may be any number
     overlaps = part.count > 1 and part.stride_bytes < part.run_bytes
     if not part.bytes or overlaps or part.count > SLICE_RUNS_MAX or part.end > space.chunk_bytes:
         raise CallerError(f"a chunk of this namespace has {space.chunk_bytes} bytes and no such part: {part}")

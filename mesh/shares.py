@@ -116,7 +116,7 @@ def divide(
     if len(sources) == 1:
         source = sources[0]
         return ([(source, waiting)], []) if source.reads < PLAN_READS_PER_HOLDER_MAX else ([], waiting)
-    dealer = _Dealer(len(waiting), sources, now, urgent=urgent)
+    dealer = _Dealer(len(waiting), sources, now, left_s, urgent=urgent)
     whole = dealer.whole(waiting, masks)
     if whole is not None:
         return [(whole, waiting)], []
@@ -127,25 +127,26 @@ def divide(
 class _Dealer:
     """One division. The lists are by place in `sources`."""
 
-    def __init__(self, waiting: int, sources: Sequence[Source], now: float, *, urgent: bool) -> None:
+    def __init__(self, waiting: int, sources: Sequence[Source], now: float, left_s: float, *, urgent: bool) -> None:
         self._sources = sources
         rates = [source.rate(now) for source in sources]
-        self._known = [place for place, rate in enumerate(rates) if rate is not None]
+        self._pace_s = [source.pace_s(now) for source in sources]
+        self._ready_s = [s.rtt_s + s.out * pace_s for s, pace_s in zip(sources, self._pace_s, strict=True)]
         self._unknown = [place for place, rate in enumerate(rates) if rate is None]
+        self._known = [place for place, rate in enumerate(rates) if rate is not None]
+        if self._unknown:  # who is known to be too slow must not hide those of whom nothing is known
+            soon_s = left_s * DEADLINE_OPTIMISM
+            self._known = [place for place in self._known if self._ready_s[place] + self._pace_s[place] <= soon_s]
         total = sum(rates[place] or 0.0 for place in self._known)
-        self._pace_s: list[float] = []
-        self._ready_s: list[float] = []
         self._least: list[int] = []
         """The shortest share worth a read."""
         self._quota: list[int] = []
-        for source, rate in zip(sources, rates, strict=True):
-            pace_s = source.chunk_bytes / (rate or PLAN_RATE_ASSUMED_BYTES_PER_S)
-            self._pace_s.append(pace_s)
-            self._ready_s.append(source.rtt_s + source.out * pace_s)
+        for place, (source, rate) in enumerate(zip(sources, rates, strict=True)):
+            least = quota = 0
             if rate is None:
                 least = quota = max(1, PLAN_FIRST_SHARE_BYTES // source.chunk_bytes)
-            else:
-                least = math.ceil(max(source.rtt_s, PLAN_SHARE_S_MIN) / pace_s)
+            elif place in self._known:
+                least = math.ceil(max(source.rtt_s, PLAN_SHARE_S_MIN) / self._pace_s[place])
                 quota = max(least, math.ceil(waiting * rate / total / 2))
             free = source.reads < PLAN_READS_PER_HOLDER_MAX + urgent and (urgent or source.out <= source.low)
             self._least.append(least)

@@ -38,7 +38,7 @@ class Refusal(enum.IntEnum):
     EXISTS = -1
     """The chunk is held already: nothing is left to do."""
     BUSY = -2
-    """Another owner is writing this very chunk."""
+    """Another client is writing this very chunk."""
     FULL = -3
     """What is free or can be evicted does not make room: the rest is leased, pinned or reserved."""
 
@@ -94,6 +94,7 @@ class _Reservation:
     space_id: bytes
     offset: int
     size_bytes: int
+    beside: bool
 
 
 class Store:
@@ -107,7 +108,7 @@ class Store:
         self._expiring: dict[bytes, Chunk] = {}  # of those, the ones that have a time
         self._doomed: dict[bytes, list[Chunk]] = {}
         self._reserved: dict[tuple[bytes, Owner], _Reservation] = {}
-        self._writers: Counter[bytes] = Counter()  # of those, how many a key has
+        self._writers: set[bytes] = set()  # keys of those that are not beside others: one owner each
         self._quarantined: deque[Chunk] = deque()
         self._owners: dict[Owner, _Belongings] = {}
         self._on_admit = on_admit
@@ -141,7 +142,8 @@ class Store:
     def reserve(self, owner: Owner, key: bytes, space_id: bytes, size_bytes: int, *, beside: bool = False) -> int:
         """The offset of an extent that `owner` may write, or a `Refusal`. Evicts what it must.
 
-        `beside` others who write the chunk `key` as well, each an extent of its own: the first commit counts.
+        `beside` others who write the chunk `key` as well, each an extent of its own: the first commit counts. That is
+        how a fetch writes; it may fail, so it keeps nobody else from writing the chunk.
         """
         belongings = self._owners.get(owner)
         if key in self._chunks:
@@ -152,8 +154,9 @@ class Store:
         if belongings is None or offset is None:
             self._counts["refused"] += 1
             return Refusal.FULL
-        self._reserved[key, owner] = _Reservation(space_id, offset, size_bytes)
-        self._writers[key] += 1
+        self._reserved[key, owner] = _Reservation(space_id, offset, size_bytes, beside)
+        if not beside:
+            self._writers.add(key)
         belongings.reserved.add(key)
         return offset
 
@@ -315,10 +318,10 @@ class Store:
 
     def _unreserve(self, owner: Owner, key: bytes, belongings: _Belongings) -> _Reservation:
         belongings.reserved.discard(key)
-        self._writers[key] -= 1
-        if not self._writers[key]:
-            del self._writers[key]
-        return self._reserved.pop((key, owner))
+        reservation = self._reserved.pop((key, owner))
+        if not reservation.beside:
+            self._writers.discard(key)
+        return reservation
 
     def _make_room(self, size_bytes: int) -> int | None:
         offset = self._extents.allocate(size_bytes)

@@ -16,7 +16,7 @@ from kvmesh import aio, protocol
 from kvmesh.spaces import differences
 from kvmesh.transport.limits import AGENT_PROTOCOL_VERSION
 from tests.support.agents import LocalAgents
-from tests.support.chunks import SPACE, chain_of, pair, put, tensor
+from tests.support.chunks import SPACE, chain_of, leases, pair, put, tensor
 
 
 def test_the_mesh_is_thread_safe(agents: LocalAgents) -> None:
@@ -272,3 +272,21 @@ def test_peers_with_another_dtype_are_named(agents: LocalAgents) -> None:
 @pytest.mark.parametrize("description", [b'{"a":' + b"[" * 2000, b'{"model": "\xff"}', b"[]"])
 def test_what_a_peer_says_of_a_namespace_may_be_anything(description: bytes) -> None:
     assert differences(SPACE, [description]) == []
+
+
+def test_the_end_of_a_get_does_not_end_another_one_that_took_its_number(agents: LocalAgents) -> None:
+    _, b = pair(agents)
+    chain = chain_of(SPACE, 2)
+    put(agents.mesh("a"), SPACE, chain)
+    agents.mesh("b").put(SPACE, {chain[0]: tensor(SPACE, 0)})
+    agents.wait(b, lambda: b.node.discovery.map.has("a", chain[-1]))
+    agents.do(lambda: agents.network.stall("a"))
+    with Raw(agents.directory / "b.sock") as raw:
+        raw.say(hello())
+        for keys, deadline_s in [(chain[1:], 0.1), (chain[:1], 0.1)]:
+            blob = b"".join(keys)
+            raw.say(msgspec.msgpack.encode(["get", 7, SPACE.digest[:16], blob, deadline_s, 30.0]))
+        agents.wait_for(lambda: (s := b.fetcher.stats())["reads"] == 1 and s["flights"] == 0)
+        assert leases(b, agents) == 1
+    agents.do(lambda: agents.network.resume("a"))
+    agents.wait_for(lambda: b.store.stats().leases == 0 and b.store.stats().reserved_chunks == 0)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import kvmesh
-from kvmesh import agent, aio, client, connection, protocol
+from kvmesh import agent, aio, client, connection, protocol, sessions
 from kvmesh.hit import Leases
 from kvmesh.transport.checksum import checksum
 from kvmesh.transport.limits import CLIENT_CONNECTIONS_MAX
@@ -208,6 +208,34 @@ def test_a_chain_that_names_a_chunk_twice_is_refused(agents: LocalAgents) -> Non
     wait_until(lambda: mesh.stats()["store"]["leases"] == 0, 10, "all leases are back")
 
 
+def test_leases_of_what_is_here_are_bounded_as_well(agents: LocalAgents, monkeypatch: pytest.MonkeyPatch) -> None:
+    a = agents.start("a")
+    mesh = agents.mesh("a")
+    chain = chain_of(3)
+    mesh.put(SPACE, {key: tensor(1) for key in chain})
+    monkeypatch.setattr(sessions, "OWNED_CHUNKS_MAX", 4)
+    first = mesh.get(SPACE, chain)
+    assert first.count == 3
+    with pytest.raises(kvmesh.CallerError, match="leases open"), mesh.get(SPACE, chain) as hit:
+        hit.count  # noqa: B018
+    first.close()
+    with mesh.get(SPACE, chain) as hit:
+        assert hit.count == 3
+    agents.wait_for(lambda: a.store.stats().leases == 0)
+
+
+def test_a_prefetch_that_names_a_chunk_twice_is_refused_and_costs_nobody_a_fetch(agents: LocalAgents) -> None:
+    chain = chain_of(1)
+    b = stalled_peer(agents, chain)
+    agents.do(lambda: agents.network.resume("a"))
+    mesh = agents.mesh("b")
+    with pytest.raises(kvmesh.CallerError, match="twice"):
+        mesh.prefetch(SPACE, chain * 2)
+    with mesh.get(SPACE, chain, deadline_s=5) as hit:
+        assert hit.count == 1
+    agents.wait_for(lambda: b.fetcher.stats()["flights"] == 0 and b.store.stats().reserved_chunks == 0)
+
+
 def test_a_view_that_goes_while_its_hit_is_released_gives_its_lease_back_once() -> None:
     to_agent = Mock()
     leases = Leases(to_agent, 1, float("inf"))
@@ -225,6 +253,20 @@ def test_a_view_that_goes_while_its_hit_is_released_gives_its_lease_back_once() 
     leases.end(Collected([0, 4096, 8192]))
     returned = [offset for call in to_agent.note.call_args_list for offset in call.args[0].offsets]
     assert sorted(returned) == [0, 4096, 8192]
+    to_agent.let_go.assert_called_once()
+
+
+def test_a_view_whose_end_is_said_twice_does_not_end_another_one() -> None:
+    """As when making it fails half-way: whoever was making it says so, and the garbage collector, later."""
+    to_agent = Mock()
+    leases = Leases(to_agent, 1, float("inf"))
+    half_made, other = leases.look_at(4096), leases.look_at(4096)
+    leases.end([4096])
+    half_made()
+    half_made()
+    to_agent.note.assert_not_called()
+    other()
+    assert to_agent.note.call_args.args[0].offsets == [4096]
     to_agent.let_go.assert_called_once()
 
 

@@ -348,6 +348,16 @@ def test_closing_ends_every_flight(agents: LocalAgents) -> None:
     agents.do(lambda: agents.network.resume("a"))
 
 
+def test_after_closing_nothing_is_fetched(agents: LocalAgents) -> None:
+    """Clients may still be there, with views of chunks that a fetch would replace as soon as they are disconnected."""
+    chain = SPACE.chain(list(range(32)))
+    r = reader(agents, {"a": chain})
+    agents.run(r.fetcher.close())
+    assert fetch(agents, r, chain, ask(SPACE)) == []
+    with agents.mesh("r").get(SPACE, chain, deadline_s=5) as hit:
+        assert (hit.count, hit.reason) == (0, "miss")
+
+
 def test_an_error_of_our_own_ends_the_fetch_and_no_more(
     agents: LocalAgents, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -364,6 +374,25 @@ def test_an_error_of_our_own_ends_the_fetch_and_no_more(
     assert fetch(agents, r, chain, ask(SPACE)) == [Fate.LANDED] * 4
     assert "an error of our own" in caplog.text
     caplog.clear()  # its traceback would keep the arenas
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["get", "prefetch"])
+def test_the_front_of_a_fetched_chain_is_evicted_last(agents: LocalAgents, ahead: bool) -> None:
+    chain = SPACE.chain(list(range(6 * 16)))
+    r = reader(agents, {"a": chain})
+    mesh = agents.mesh("r")
+    mesh.put(SPACE, {key: content(SPACE, key[0]) for key in chain[:2]})
+    if ahead:
+        mesh.prefetch(SPACE, chain)
+    else:
+        with mesh.get(SPACE, chain, deadline_s=5) as hit:
+            assert (hit.count, hit.fetched) == (6, 4)
+    agents.wait_for(lambda: r.store.stats().chunks == 6 and r.store.stats().leases == 0)
+    evicted = agents.do(lambda: list(r.store._chunks))
+    if ahead:  # what was here before is used by the get that follows
+        assert [key for key in evicted if key in chain[2:]] == chain[:1:-1]
+    else:
+        assert evicted == chain[::-1]
 
 
 # --- fetches that meet others ----------------------------------------------------------------------------------------

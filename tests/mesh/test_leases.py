@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from kvmesh.renewing import Renewals
 from kvmesh.store import Store
 from kvmesh.transport.limits import LEASE_S_MAX, LEASE_S_MIN
 from tests.support.agents import LocalAgents
+from tests.support.chunks import pair
 from tests.support.waiting import wait_until
 
 PAGE = 4096
@@ -81,6 +83,7 @@ class Leased:
 
     def __init__(self, epoch: int = 1) -> None:
         self.epoch, self.session, self.get = epoch, 3, 4
+        self.begun = True
         self.told: list[float] = []
 
     def last_until(self, expires_s: float) -> None:
@@ -201,3 +204,54 @@ def test_a_live_view_keeps_its_lease_after_the_mesh_was_closed(agents: LocalAgen
 def test_a_lease_must_last_some_time_and_not_for_ever(agents: LocalAgents, lease_s: float) -> None:
     with pytest.raises(kvmesh.KVMeshError, match="lease_s"):
         kvmesh.connect(agents.directory / "a.sock", lease_s=lease_s)
+
+
+def test_a_get_that_the_agent_has_not_heard_of_yet_is_not_over(
+    agents: LocalAgents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agents.start("a")
+    add = Renewals.add
+
+    def at_once(renewals: Renewals, leases: Any) -> None:
+        """As if the renewing thread had its turn before the request is sent."""
+        add(renewals, leases)
+        renewals._renew([leases])
+
+    monkeypatch.setattr(Renewals, "add", at_once)
+    with agents.mesh("a") as mesh:
+        put(mesh)
+        with mesh.get(SPACE, CHAIN) as hit:
+            assert hit[2].sum() == 2 * hit[2].numel()
+
+
+def test_leases_that_ran_out_are_said_beside_another_failure_of_the_mesh(
+    agents: LocalAgents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an engine would use what it copied before, and some of that may be of another chunk."""
+    a = agents.start("a")
+    monkeypatch.setattr(Renewals, "add", lambda *_: None)  # as if this process did not run
+    with kvmesh.connect(agents.directory / "a.sock", lease_s=0.05) as mesh:
+        put(mesh)
+        hit = mesh.get(SPACE, CHAIN)
+        assert hit.count == 3
+        agents.wait_for(lambda: a.grants.expire(time.monotonic()) == 1)
+        with pytest.raises(kvmesh.LeaseError, match="throw away"), hit:
+            raise kvmesh.AgentUnavailableError("went away")
+
+
+def test_a_grant_that_ends_while_its_get_still_fetches_ends_the_hit(
+    agents: LocalAgents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, b = pair(agents)
+    put(agents.mesh("a"))
+    agents.wait(b, lambda: b.node.discovery.map.has("a", CHAIN[-1]))
+    agents.do(lambda: agents.network.stall("a"))
+    monkeypatch.setattr(Renewals, "add", lambda *_: None)  # as if this process did not run
+    with kvmesh.connect(agents.directory / "b.sock", lease_s=0.05) as mesh:
+        hit = mesh.get(SPACE, CHAIN, deadline_s=20)
+        agents.wait_for(lambda: b.grants.expire(time.monotonic()) == 1)
+        agents.do(lambda: agents.network.resume("a"))
+        assert (hit.count, hit.reason) == (0, "miss")
+        hit.close()
+    agents.wait_for(lambda: b.store.stats().leases == 0 and b.store.stats().chunks == 3)
+    assert agents.do(lambda: len(b.grants)) == 0

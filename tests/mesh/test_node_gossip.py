@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from kvmesh import queries
 from kvmesh.controller import open_controller
+from kvmesh.node import Node
 from kvmesh.settings import ControllerSettings
+from kvmesh.transport.errors import ProtocolError
 
 
 def facts(tmp_path: Path, advertise: str = "", port: int = 0, **given: Any) -> tuple[dict[str, object], str]:
@@ -53,3 +56,11 @@ def test_the_mesh_port_that_is_told_may_be_another_than_the_one_that_is_listened
 def test_address_and_port_are_told_together(tmp_path: Path) -> None:
     said, own_address = facts(tmp_path, "127.0.0.9", 7777)
     assert said["mesh_address"] == own_address == "127.0.0.9:7777"
+
+
+def test_a_call_that_comes_before_the_node_is_whole_is_refused() -> None:
+    """Peers know the address of a node that starts again, and call while its transport is all that it has."""
+    node = Node("c", "controller", 1)
+    for request in (b"D", queries.CALL_PREFIX + queries.encode(queries.Nodes()), b"?"):
+        with pytest.raises(ProtocolError, match="this node is starting"):
+            asyncio.run(node.handle(request))

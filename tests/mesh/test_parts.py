@@ -72,6 +72,8 @@ def test_the_runs_of_a_part_are_the_bytes_of_the_sliced_tensor(data: st.DataObje
         ({"heads": (0, 1), "tensor": "kv"}, "give one of the three"),
         ({"heads": (0, 5)}, r"heads is \(0, 5\)"),
         ({"layers": (2, 2)}, r"layers is \(2, 2\)"),
+        ({"layers": ()}, r"must be \(first, end\)"),
+        ({"heads": []}, r"must be \(first, end\)"),
         ({"layers": 1}, r"must be \(first, end\)"),
         ({"tensor": "hidden"}, "no tensor 'hidden', only kv"),
         ({"byte_range": (0, 1 << 40)}, "byte_range"),
@@ -143,6 +145,22 @@ def test_a_part_of_what_a_peer_holds_is_all_that_moves(agents: LocalAgents, give
     with mesh.get(SPACE, CHAIN, deadline_s=10) as hit:
         assert hit.count == 2
         assert torch.equal(hit[1], content(1))
+
+
+def test_the_stride_of_one_run_means_nothing_to_a_peer_either(agents: LocalAgents) -> None:
+    agents.start("a")
+    b = agents.start("b", join=("a",))
+    agents.wait_alive(b, "a")
+    agents.mesh("a").put(SPACE, {key: content(number) for number, key in enumerate(CHAIN)})
+    agents.wait(b, lambda: b.node.discovery.map.has("a", CHAIN[-1]))
+    part = kvmesh.Part(Slice(16, 8, 1 << 60, 1), "uint8", (8,), (1,))
+    with agents.mesh("b").get(SPACE, CHAIN, deadline_s=5, part=part) as hit:
+        assert hit.count == 2
+        view = hit[1]
+        assert isinstance(view, torch.Tensor)
+        assert bytes(view.tolist()) == content(1).numpy().tobytes()[16:24]
+        del view
+    agents.wait_for(lambda: b.fetcher.stats()["flights"] == 0)
 
 
 def test_a_slice_from_a_client_is_checked(agents: LocalAgents) -> None:

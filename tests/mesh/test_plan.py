@@ -97,6 +97,13 @@ def test_an_unknown_holder_beside_a_known_one_is_tried_at_the_far_end() -> None:
     assert world.finished_at < 0.1, "whoever does not deliver there is hedged or left"
 
 
+@pytest.mark.parametrize("chunks", [1, 2, 3, 8])
+def test_a_holder_that_cannot_be_in_time_does_not_hide_one_of_unknown_rate(chunks: int) -> None:
+    world = World(chunks, [SimHolder(1e6, told=1e6), SimHolder(G)], deadline=0.2).run()
+    assert sorted(world.commits) == list(range(chunks))
+    assert started(world, 0) == []
+
+
 def test_what_is_too_little_to_share_goes_to_one_holder_the_preferred_of_equals() -> None:
     for told in (None, G):
         assert {s.holder for _, s in World(1, [SimHolder(G, told=told)] * 2).run().starts} == {0}

@@ -163,6 +163,25 @@ def test_what_a_fill_function_raises_goes_to_the_caller_and_nothing_is_left_behi
     assert mesh.put(SPACE, {chain[1]: tensor(SPACE, 1)}).stored == 1
 
 
+def test_what_comes_from_a_peer_while_it_is_put_counts_as_there_already(agents: LocalAgents) -> None:
+    a = agents.start("a")
+    chain = chain_of(SPACE, 2)
+
+    def land() -> None:
+        a.store.add_owner("fetch")
+        assert a.store.reserve("fetch", chain[0], SPACE.digest[:16], SPACE.chunk_bytes, beside=True) >= 0
+        assert a.store.commit("fetch", chain[0], 0) is not None
+        a.store.drop_owner("fetch")
+
+    def fill(view: torch.Tensor) -> None:
+        agents.do(land)
+        view.fill_(1.0)
+
+    result = agents.mesh("a").put(SPACE, {chain[0]: fill, chain[1]: tensor(SPACE, 1)})
+    assert (result.stored, result.existed, result.refused) == (1, 1, 0)
+    assert agents.do(a.store.stats).used_bytes == 2 * SPACE.chunk_bytes
+
+
 def test_a_full_arena_refuses_and_then_takes_again(agents: LocalAgents) -> None:
     agents.start("a", memory=4 * 16384)
     mesh = agents.mesh("a")

@@ -171,3 +171,13 @@ def test_the_document_says_what_is_known() -> None:
     assert rows[0]["bytes"] == 16 * MIB
     assert rows[0]["age_s"] == pytest.approx(2.0)
     assert (rows[1]["bytes_per_s"], rows[1]["age_s"], rows[1]["rtt_s"]) == (None, None, None)
+
+
+def test_reads_that_are_given_up_together_say_once_how_slow_the_path_was() -> None:
+    """A plan gives up all its reads in one go, microseconds apart: the second one saw no time of its own."""
+    rates = Rates()
+    for _ in range(2):
+        rates.began(A, 1.0)
+    rates.ended(A, 2.0, late_bytes=MIB)
+    rates.ended(A, 2.000005, late_bytes=MIB)
+    assert rates.bytes_per_s(A, 2.1) == pytest.approx(MIB)

@@ -229,8 +229,24 @@ def test_a_writer_that_goes_leaves_the_one_beside_it_alone() -> None:
     r.store.drop_owner("me")
     assert r.store.stats().reserved_chunks == 1
     r.store.add_owner("me")
-    assert r.store.reserve("me", key(1), SPACE, PAGE) == Refusal.BUSY
+    assert r.store.reserve("me", key(1), SPACE, PAGE) == 0
     assert r.store.commit("you", key(1), 7) is not None
+    assert r.store.commit("me", key(1), 7) is None
+
+
+def test_a_fetch_of_a_chunk_keeps_nobody_from_putting_it() -> None:
+    """The fetch may fail, and its read may be in quarantine for long: a client's own copy counts as well."""
+    r = Recorder(4)
+    fetched = r.store.reserve("me", key(1), SPACE, PAGE, beside=True)
+    put = r.store.reserve("you", key(1), SPACE, PAGE)
+    assert (fetched, put) == (0, PAGE)
+    r.store.add_owner("other")
+    assert r.store.reserve("other", key(1), SPACE, PAGE) == Refusal.BUSY, "somebody else puts it"
+    r.store.drop_owner("you")
+    assert r.store.reserve("other", key(1), SPACE, PAGE) == PAGE
+    assert r.store.commit("other", key(1), 7) is not None
+    assert r.store.commit("me", key(1), 7) is None
+    assert r.store.stats().used_bytes == PAGE
 
 
 def test_a_chunk_whose_bytes_changed_is_held_no_more_and_its_extent_is_not_used_again() -> None:
