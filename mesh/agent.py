@@ -6,7 +6,7 @@ holds.
     peers ── transport ── lender ────────┘     └── fetcher ── transport ── peers
 
 Everything runs on one loop, but for the transport's own threads that move bytes. The order of closing is the reverse of
-opening: first no new client, then leave the mesh, then end the fetches, then the transport, then the arena.
+opening: first leave the mesh, then end the fetches, then the clients, then the transport, then the arena.
 """
 
 from __future__ import annotations
@@ -102,7 +102,6 @@ class Agent:
             shuffle=random.shuffle,
         )
         stack.push_async_callback(self.inspector.close)
-        stack.push_async_callback(self.fetcher.close)
         desk = Desk(
             node=self.settings.name,
             epoch=self.epoch,
@@ -116,8 +115,10 @@ class Agent:
             spaces={},
         )
         self.listener = Listener(self.settings.socket, desk)
-        stack.push_async_callback(self.node.discovery.stop)
         stack.push_async_callback(self.listener.close)
+        # Before the clients lose their leases: a fetch that went on might write where a living view still looks.
+        stack.push_async_callback(self.fetcher.close)
+        stack.push_async_callback(self.node.discovery.stop)
         await self.node.discovery.start()
         self.listener.start()
 

@@ -131,11 +131,12 @@ class Fetch:
         read = Read(self, action.read, peer)
         fetcher.store.add_owner(read)
         reserve, space_id = fetcher.store.reserve, self.ask.space_id
+        now = fetcher.clock()
         full = False
         no_room: list[int] = []
         for place in action.chunks:
             flight = self.flights[place]
-            offset = Refusal.FULL if full else reserve(read, flight.key, space_id, size_bytes, beside=True)
+            offset = Refusal.FULL if full else reserve(read, flight.key, space_id, size_bytes, beside=True, now=now)
             if offset >= 0:
                 read.add(place, offset)
             elif offset == Refusal.EXISTS:  # a client put it meanwhile

@@ -217,13 +217,13 @@ class Session(asyncio.Protocol):
 
     def _reserve(self, request: protocol.Reserve) -> list[int]:
         space = self._space(request.space_id)
-        store, offsets = self._desk.store, list[int]()
+        store, offsets, now = self._desk.store, list[int](), time.monotonic()
         for key in protocol.unpack_keys(request.keys):
             if offsets and offsets[-1] == Refusal.FULL and store.get(key) is None:
                 # The front found no room: what follows is worth less, and trying again for each would only take time.
                 offsets.append(Refusal.FULL)
             else:
-                offsets.append(store.reserve(self, key, request.space_id, space.chunk_bytes))
+                offsets.append(store.reserve(self, key, request.space_id, space.chunk_bytes, now=now))
         return offsets
 
     def _commit(self, request: protocol.Commit) -> int:

@@ -139,14 +139,20 @@ class Store:
             self._return_leases(chunk, count)
 
     # --- writing ---------------------------------------------------------------------------------------------------
-    def reserve(self, owner: Owner, key: bytes, space_id: bytes, size_bytes: int, *, beside: bool = False) -> int:
+    def reserve(
+        self, owner: Owner, key: bytes, space_id: bytes, size_bytes: int, *, beside: bool = False, now: float = 0.0
+    ) -> int:
         """The offset of an extent that `owner` may write, or a `Refusal`. Evicts what it must.
 
         `beside` others who write the chunk `key` as well, each an extent of its own: the first commit counts. That is
-        how a fetch writes; it may fail, so it keeps nobody else from writing the chunk.
+        how a fetch writes; it may fail, so it keeps nobody else from writing the chunk. One whose time is over by `now`
+        is held no more.
         """
         belongings = self._owners.get(owner)
-        if key in self._chunks:
+        held = self._chunks.get(key)
+        if held is not None and held.expires_s is not None and held.expires_s <= now:
+            self._remove(held)
+        elif held is not None:
             return Refusal.EXISTS
         if (key, owner) in self._reserved or (key in self._writers and not beside):
             return Refusal.BUSY

@@ -20,7 +20,7 @@ from typing import Final
 
 import xxhash
 
-from .checksum import checksum
+from .checksum import bound, checksum
 from .frames import CORRUPT_HERE, HELD, NOT_HELD, WRONG_SIZE, FrameError, Item
 from .interface import Landing, Outcome, Want
 
@@ -37,7 +37,10 @@ class _Chunk:
 
     index: int
     view: memoryview
+    claim: int
+    """The checksum as it came: bound to the chunk that the holder means."""
     checksum: int
+    """The same of the chunk that is wanted."""
     announced: int
     """Up to where the items go that came so far."""
     filled: int = 0
@@ -85,10 +88,12 @@ class Assembly:
     def _announce(self, item: Item) -> None:
         chunk = self._partial.pop(item.index, None)
         if chunk is None:
-            chunk = _Chunk(item.index, self._wants[item.index].into.cast("B"), item.checksum, 0)
+            want = self._wants[item.index]
+            expected = bound(item.checksum, want.key, want.part)
+            chunk = _Chunk(item.index, want.into.cast("B"), item.checksum, expected, 0)
         size_bytes = len(chunk.view)
         end = item.offset + item.bytes
-        if item.offset != chunk.announced or end <= item.offset or item.checksum != chunk.checksum:
+        if item.offset != chunk.announced or end <= item.offset or item.checksum != chunk.claim:
             raise FrameError("a piece that does not follow the one before")
         if chunk.filled != chunk.announced:
             raise FrameError("two pieces of a chunk in one message")

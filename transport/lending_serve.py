@@ -14,7 +14,7 @@ from concurrent.futures import Executor
 
 import xxhash
 
-from .checksum import checksum
+from .checksum import bound, checksum
 from .counters import Counters
 from .errors import ProtocolError
 from .frames import CORRUPT_HERE, HELD, NOT_HELD
@@ -122,7 +122,7 @@ class LendingServer:
                 raise ProtocolError("the lease ended before the parts were verified")
             self._suspect(lease, [index for index, item in enumerate(items) if item.state == CORRUPT_HERE])
         self._count(items, wanted)
-        return Lent(pack_items(items))
+        return Lent(pack_items(_bound(items, wanted)))
 
     def _take_back(self, message: GiveBack) -> Done:
         known = True
@@ -162,6 +162,14 @@ class LendingServer:
         ends_s = self.table.next_end_s
         if ends_s is not None:
             self._arm(ends_s)
+
+
+def _bound(items: list[LentItem], wanted: list[Wanted]) -> list[LentItem]:
+    """The items as they travel."""
+    return [
+        item._replace(checksum=bound(item.checksum, key, part)) if item.state == HELD else item
+        for item, (key, _, part) in zip(items, wanted, strict=True)
+    ]
 
 
 def _with_parts(loans: list[Loan | None], items: list[LentItem], wanted: list[Wanted]) -> list[LentItem]:

@@ -24,6 +24,7 @@ from typing import Any
 
 import xxhash
 
+from .checksum import bound
 from .counters import Counters
 from .errors import ProtocolError, UnreachableError
 from .frames import CORRUPT_HERE, HELD, NOT_HELD
@@ -299,18 +300,18 @@ def _landings(link: Link, batch: _Batch, corrupt: list[int]) -> list[Landing]:
             landings.append(Landing(index, Outcome.CORRUPT, 0))
         elif item.state != HELD:
             landings.append(Landing(index, Outcome.WRONG_SIZE, item.checksum))
-        elif batch.digests[at].intdigest() == item.checksum:
+        elif (found := batch.digests[at].intdigest()) == bound(item.checksum, want.key, want.part):
             counters.chunks_read += 1
             counters.bytes_read += want.into.nbytes
             if link.backend == "shm":
                 counters.bytes_read_shm += want.into.nbytes
             else:
                 counters.bytes_read_nixl += want.into.nbytes
-            landings.append(Landing(index, Outcome.LANDED, item.checksum))
+            landings.append(Landing(index, Outcome.LANDED, found))
         elif good:
             counters.corrupt += 1
             corrupt.append(at)
-            landings.append(Landing(index, Outcome.CORRUPT, item.checksum))
+            landings.append(Landing(index, Outcome.CORRUPT, bound(item.checksum, want.key, want.part)))
     return landings
 
 

@@ -149,6 +149,9 @@ class BulkThread:
 
         if self._names >= NAMES_AT_ONCE_MAX:
             return False
+        try:
+            threading.Thread(target=look_up, name="kvmesh-name", daemon=True).start()
+        except RuntimeError:  # this process has no thread left
+            return False
         self._names += 1
-        threading.Thread(target=look_up, name="kvmesh-name", daemon=True).start()
         return True

@@ -88,7 +88,7 @@ class Links(Generic[R]):
 
     def __init__(self, wake_fd: int, look_up: Callable[[Link[R], str, int], bool]) -> None:
         """`wake_fd` is an eventfd. `look_up(link, host, port)` sees to it that `found` is called on this thread in the
-        end; False: there are too many names already."""
+        end; False: there are too many names already, or no thread for one more."""
         self._wake_fd = wake_fd
         self._look_up = look_up
         self._epoll = select.epoll()
@@ -113,7 +113,7 @@ class Links(Generic[R]):
         if place is not None:
             self._connect(link, place)
         elif not self._look_up(link, host, port):
-            raise UnreachableError("too many host names are looked up already")
+            raise UnreachableError("no further host name can be looked up now")
         self._by_address.setdefault(address, []).append(link)
         self._due_s = min(self._due_s, link.due_s)
         return link
@@ -136,18 +136,19 @@ class Links(Generic[R]):
 
     def _connect(self, link: Link[R], place: Place) -> None:
         family, where = place
-        opened = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-        try:
-            for level, option, value in OPTIONS:
-                opened.setsockopt(level, option, value)
-            code = opened.connect_ex(where)
-        except OSError as error:
-            code = error.errno or errno.EINVAL
-        if code not in (0, errno.EINPROGRESS):
-            opened.close()
-            raise UnreachableError(f"cannot connect to {link.address}: {errno.errorcode.get(code, code)}")
+        with contextlib.ExitStack() as stack:
+            try:
+                opened = stack.enter_context(socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK))
+                for level, option, value in OPTIONS:
+                    opened.setsockopt(level, option, value)
+                code = opened.connect_ex(where)
+                self._epoll.register(opened, select.EPOLLOUT)
+            except OSError as error:  # also when this process has no descriptor left
+                code = error.errno or errno.EINVAL
+            if code not in (0, errno.EINPROGRESS):
+                raise UnreachableError(f"cannot connect to {link.address}: {errno.errorcode.get(code, code)}")
+            stack.pop_all()
         link.socket, link.watched = opened, select.EPOLLOUT
-        self._epoll.register(opened, link.watched)
         self._by_fd[opened.fileno()] = link
 
     def wait(self, until_s: float) -> list[Link[R]]:

@@ -22,6 +22,7 @@ from typing import Final, TypeAlias
 
 import xxhash
 
+from .checksum import bound
 from .counters import Counters
 from .frames import CORRUPT_HERE, HELD, NOT_HELD, WRONG_SIZE, Buffer, Bulk, Item, Wanted, encode
 from .interface import ChunkSource, Loan, Slice
@@ -209,8 +210,8 @@ class Packer:
         if isinstance(loan, Item):
             return loan
         if chunk_bytes <= min(SMALL_CHUNK_BYTES, self._frame_bytes):
-            return _Sending(loan.checksum, chunk_bytes, loan.buffer, loan=loan)
-        return _Sending(loan.checksum, chunk_bytes, self._loans.export([loan]))
+            return _Sending(bound(loan.checksum, key, None), chunk_bytes, loan.buffer, loan=loan)
+        return _Sending(bound(loan.checksum, key, None), chunk_bytes, self._loans.export([loan]))
 
     def _lend(self, key: bytes, chunk_bytes: int) -> Loan | Reason:
         loan = lend(self._source, key)
@@ -240,18 +241,18 @@ class Packer:
         if not whole.sound:
             return Item(self._index, CORRUPT_HERE, 0, 0, 0)
         if part is None:
-            return _Sending(whole.loan.checksum, chunk_bytes, whole.view)
+            return _Sending(bound(whole.loan.checksum, key, None), chunk_bytes, whole.view)
         one = as_one_run(part)
         if one is not None or part.bytes <= self._frame_bytes:
             run = piece(whole.view, one or part, 0, part.bytes)
-            return _Sending((yield from _hashed(run)), part.bytes, run)
+            return _Sending(bound((yield from _hashed(run)), key, part), part.bytes, run)
         hasher, offset = xxhash.xxh3_64(), 0
         while offset < part.bytes:
             size_bytes = piece_bytes(part, offset, HASH_BYTES)
             hasher.update(piece(whole.view, part, offset, size_bytes))
             offset += size_bytes
             yield size_bytes
-        return _Sending(hasher.intdigest(), part.bytes, whole.view, gaps=part)
+        return _Sending(bound(hasher.intdigest(), key, part), part.bytes, whole.view, gaps=part)
 
 
 def _hashed(view: memoryview) -> Generator[int, None, int]:

@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 TURN_BYTES: Final = MIB
 """What one connection may bring before the others, and the loop's commands, get their turn; 4 MiB were no faster."""
+FRAME_COST_BYTES: Final = KIB
+"""What each frame costs of that beside its bytes: one that has none takes some microseconds as well."""
 GRANTS_PER_WINDOW: Final = 4
 SCRATCH_BYTES: Final = 64 * KIB
 News = Callable[[Callable[[], None]], None]
@@ -158,7 +160,9 @@ class Reads:
                 if connection.left:
                     count = self._fill(link)
                 else:
+                    frames = connection.frames
                     event = connection.next()
+                    share -= FRAME_COST_BYTES * (connection.frames - frames)
                     if event is not None:
                         self._accept(link, event)
                         continue

@@ -15,6 +15,7 @@ Only `Sockets` makes sockets. They live on the loop; bulk is received over socke
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import re
 from collections.abc import Callable, Sequence
@@ -90,19 +91,21 @@ class Sockets:
     def connect(self, address: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
         """A DEALER towards the peer at `address`, and the socket that tells what becomes of the connection.
 
-        Raises `UnreachableError` when that is no address.
+        Raises `UnreachableError` when that is no address, and when there is no socket for it.
         """
         split_address(address)
-        dealer = self._socket(zmq.DEALER)
-        dealer.ipv6 = address.startswith("[")
-        dealer.connect_timeout = int(1000 * CONNECT_TIMEOUT_S)
-        dealer.reconnect_ivl = -1
-        monitor = dealer.get_monitor_socket(CONNECTION)  # before the connection can fail
-        try:
-            dealer.connect(f"tcp://{address}")
-        except zmq.ZMQError as error:
-            close_both(dealer, monitor)
-            raise UnreachableError(f"cannot connect to {address}: {error.strerror}") from None
+        with contextlib.ExitStack() as stack:
+            try:
+                dealer = stack.enter_context(self._socket(zmq.DEALER))
+                dealer.ipv6 = address.startswith("[")
+                dealer.connect_timeout = int(1000 * CONNECT_TIMEOUT_S)
+                dealer.reconnect_ivl = -1
+                monitor = dealer.get_monitor_socket(CONNECTION)  # before the connection can fail
+                stack.callback(close_both, dealer, monitor)
+                dealer.connect(f"tcp://{address}")
+            except zmq.ZMQError as error:  # also when this process has no socket left
+                raise UnreachableError(f"cannot connect to {address}: {error.strerror}") from None
+            stack.pop_all()
         return dealer, monitor
 
     def _socket(self, kind: int) -> zmq.Socket[bytes]:

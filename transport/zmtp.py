@@ -120,6 +120,8 @@ class Connection:
         self._parts = 0
         self._more = False
         """The message goes on: the next frame is a part."""
+        self.frames = 0
+        """How many came, of every kind."""
         self.left = 0
         """Bytes of the part that have not been taken yet."""
         self.outgoing = bytearray(
@@ -130,7 +132,7 @@ class Connection:
 
     def open(self, now: float) -> None:
         """TCP has the connection: the time for the handshake runs."""
-        self._began_s = self.heard_s = now
+        self._began_s = self._pinged_s = self.heard_s = now
 
     # --- what comes ------------------------------------------------------------------------------------------------
     @property
@@ -206,14 +208,15 @@ class Connection:
         is_part = self._more and not flags & COMMAND
         self._check(flags, size, FRAME_BYTES_MAX if is_part else HEADER_BYTES_MAX)
         more = bool(flags & MORE)
+        if not is_part and high - body < size:
+            return None
+        self.frames += 1
         if is_part:
             self._parts += 1
             if self._parts > PARTS_PER_MESSAGE_MAX:
                 raise ZmtpError(f"a message of more than {PARTS_PER_MESSAGE_MAX} parts")
             self._low, self._more, self.left = body, more, size
             return Part(size, more)
-        if high - body < size:
-            return None
         self._low = body + size
         if flags & COMMAND:
             self._commanded(staged[body : self._low])
@@ -270,16 +273,20 @@ class Connection:
         """When `tick` has something to do next, if nothing comes until then."""
         if self._at is not _Stage.TRAFFIC:
             return self._began_s + HANDSHAKE_TIMEOUT_S
-        return min(max(self.heard_s, self._pinged_s) + HEARTBEAT_INTERVAL_S, self.heard_s + HEARTBEAT_TIMEOUT_S)
+        return min(self._pinged_s + HEARTBEAT_INTERVAL_S, self.heard_s + HEARTBEAT_TIMEOUT_S)
 
     def tick(self, now: float) -> None:
-        """Ask a silent peer whether it is there. Raises `ZmtpError` when it has been silent for too long."""
+        """Ask the peer whether it is there. Raises `ZmtpError` when it has been silent for too long.
+
+        A peer that talks is asked as well, since that tells it that we live: its own PING may stand behind megabytes
+        that a slow path has not carried yet, and what we grant comes once in many of them.
+        """
         if self._at is not _Stage.TRAFFIC:
             if now - self._began_s >= HANDSHAKE_TIMEOUT_S:
                 raise ZmtpError("the handshake takes too long")
         elif now - self.heard_s >= HEARTBEAT_TIMEOUT_S:
             raise ZmtpError(f"silent for {HEARTBEAT_TIMEOUT_S:g} s")
-        elif now - max(self.heard_s, self._pinged_s) >= HEARTBEAT_INTERVAL_S:
+        elif now - self._pinged_s >= HEARTBEAT_INTERVAL_S:
             self._pinged_s = now
             self._command(_PING)
 

@@ -234,6 +234,18 @@ def test_a_writer_that_goes_leaves_the_one_beside_it_alone() -> None:
     assert r.store.commit("me", key(1), 7) is None
 
 
+def test_a_chunk_whose_time_is_over_keeps_nobody_from_writing_it_anew() -> None:
+    """The sweep comes once a second."""
+    r = Recorder(4)
+    r.store.reserve("me", key(1), SPACE, PAGE)
+    r.store.commit("me", key(1), 7, expires_s=10.0)
+    assert r.store.reserve("you", key(1), SPACE, PAGE, now=9.9) == Refusal.EXISTS
+    assert r.store.reserve("you", key(1), SPACE, PAGE, now=10.0) >= 0
+    assert r.store.commit("you", key(1), 8) is not None
+    assert r.store.sweep(11.0) == 0
+    assert r.told == [("admit", 1), ("evict", 1), ("admit", 1)]
+
+
 def test_a_fetch_of_a_chunk_keeps_nobody_from_putting_it() -> None:
     """The fetch may fail, and its read may be in quarantine for long: a client's own copy counts as well."""
     r = Recorder(4)

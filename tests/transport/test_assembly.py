@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvmesh.transport.assembly import Assembly
-from kvmesh.transport.checksum import checksum
+from kvmesh.transport.checksum import bound, checksum
 from kvmesh.transport.frames import CORRUPT_HERE, HELD, NOT_HELD, WRONG_SIZE, FrameError, Item
 from kvmesh.transport.interface import Landing, Outcome, Slice, Want
 from tests.transport.ends import key, pattern, wants
@@ -16,8 +16,9 @@ CONTENT = pattern(1, 100)
 SUM = checksum(CONTENT)
 
 
-def piece(index: int, start: int, end: int, sum_: int = SUM) -> Item:
-    return Item(index, HELD, sum_, start, end - start)
+def piece(index: int, start: int, end: int, sum_: int = SUM, part: Slice | None = None, of: int | None = None) -> Item:
+    """Of the chunk ``key(index)``, or of `of`."""
+    return Item(index, HELD, bound(sum_, key(index if of is None else of), part), start, end - start)
 
 
 def fill(assembly: Assembly, content: bytes, at_once: int = 1 << 30) -> list[Landing]:
@@ -77,11 +78,23 @@ def test_several_items_in_one_message(at_once: int) -> None:
 
 
 def test_a_part_of_a_chunk_counts_from_its_own_start() -> None:
-    wanted = Want(key(0), memoryview(bytearray(100)), Slice(5000, 50, 900, 2), 1 << 20)
+    part = Slice(5000, 50, 900, 2)
+    wanted = Want(key(0), memoryview(bytearray(100)), part, 1 << 20)
     assembly = Assembly([wanted])
-    assert accept(assembly, piece(0, 0, 50), CONTENT[:50]) == []
-    assert accept(assembly, piece(0, 50, 100), CONTENT[50:]) == [Landing(0, Outcome.LANDED, SUM)]
+    assert accept(assembly, piece(0, 0, 50, part=part), CONTENT[:50]) == []
+    assert accept(assembly, piece(0, 50, 100, part=part), CONTENT[50:]) == [Landing(0, Outcome.LANDED, SUM)]
     assert wanted.into == CONTENT
+
+
+@pytest.mark.parametrize("part", [None, Slice(5000, 100), Slice(5000, 50, 901, 2)])
+def test_sound_bytes_of_another_chunk_or_another_part_are_corrupt(part: Slice | None) -> None:
+    """A bit that flips in an index, or in the number of a slice, must not give one chunk the bytes of another."""
+    right = Slice(5000, 50, 900, 2)
+    into = [memoryview(bytearray(100)) for _ in range(2)]
+    assembly = Assembly([Want(key(0), into[0], right, 1 << 20), Want(key(1), into[1], right, 1 << 20)])
+    (first,) = accept(assembly, piece(0, 0, 100, part=part), CONTENT)
+    (second,) = accept(assembly, piece(1, 0, 100, part=right, of=0), CONTENT)
+    assert (first.outcome, second.outcome) == (Outcome.CORRUPT, Outcome.CORRUPT)
 
 
 def test_targets_end_where_the_items_do() -> None:

@@ -346,9 +346,23 @@ def test_what_is_known_of_peers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     asyncio.run(main())
 
 
+def test_a_new_peer_is_never_the_one_that_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All others are being asked, or read."""
+    monkeypatch.setattr(peers, "OFFERS_KEPT_MAX", 1)
+
+    async def main() -> None:
+        source = chunks()
+        async with nodes() as opened:
+            holder, reader = await opened.open(source), await opened.open()
+            reader.peers.link("127.0.0.1:1")
+            assert await settled(reader, holder) == "shm"
+
+    asyncio.run(main())
+
+
 # --- nixl ------------------------------------------------------------------------------------------------------------
 def test_without_its_package_nixl_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "kvmesh.transport.nixl", None)
+    monkeypatch.setattr("kvmesh.transport.nixl.installed", lambda: None)
 
     async def main() -> None:
         source = chunks()

@@ -10,7 +10,7 @@ import pytest
 import zmq
 
 from kvmesh.transport import zmq_lend
-from kvmesh.transport.checksum import checksum
+from kvmesh.transport.checksum import bound, checksum
 from kvmesh.transport.counters import Counters
 from kvmesh.transport.frames import CORRUPT_HERE, Buffer, Bulk, Read, cost, encode_read, to_holder, to_reader
 from kvmesh.transport.interface import Slice, Want
@@ -205,8 +205,9 @@ def test_a_part_is_verified_once_for_neighbours_and_again_for_strangers() -> Non
         assert source.lent == 3
         items = [item for _, message in wire.sent for item in message.items]
         chunk = bytes(source.held[key(0)])
-        assert items[0].checksum == checksum(bytes_of(chunk, one))
-        assert [item.checksum for item in items if item.index == 3] == [checksum(chunk)] * (size // (64 * KIB) + 1)
+        assert items[0].checksum == bound(checksum(bytes_of(chunk, one)), key(0), one)
+        sums = [item.checksum for item in items if item.index == 3]
+        assert sums == [bound(checksum(chunk), key(0), None)] * (size // (64 * KIB) + 1)
         assert payload_of(wire)[:1000] == chunk[:1000]
         assert counters.chunks_served == 6
         source.held[key(0)][-1] ^= 1
@@ -245,7 +246,7 @@ def test_parts_arrive_in_pieces(part: Slice, window: int) -> None:
                 seen = used
         items = [item for _, message in wire.sent for item in message.items]
         expected = bytes_of(source.held[key(0)], part)
-        assert {item.checksum for item in items} == {checksum(expected)}
+        assert {item.checksum for item in items} == {bound(checksum(expected), key(0), part)}
         assert [item.offset for item in items] == [sum(i.bytes for i in items[:n]) for n in range(len(items))]
         assert payload_of(wire) == expected
         assert max(item.bytes for item in items) <= window // FRAMES_PER_WINDOW

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmesh.transport import lending
-from kvmesh.transport.checksum import checksum
+from kvmesh.transport.checksum import bound, checksum
 from kvmesh.transport.counters import Counters
 from kvmesh.transport.errors import ProtocolError
 from kvmesh.transport.frames import CORRUPT_HERE, HELD, NOT_HELD, WRONG_SIZE, encode_read
@@ -293,10 +293,10 @@ def test_a_part_is_lent_with_a_checksum_of_its_own() -> None:
             content = pattern(0, 100)
             runs = b"".join(content[at : at + 3] for at in range(5, 95, 10))
             assert [item.checksum for item in items] == [
-                checksum(content[10:60]),
-                checksum(runs),
-                source.sums[key(1)],
-                source.sums[key(2)],
+                bound(checksum(content[10:60]), key(0), Slice(10, 50)),
+                bound(checksum(runs), key(0), strided),
+                bound(source.sums[key(1)], key(1), Slice(0, 100)),
+                bound(source.sums[key(2)], key(2), None),
             ]
             assert (served.counters.chunks_served, served.counters.bytes_served) == (4, 50 + 27 + 100 + 100)
             assert source.lent == 3

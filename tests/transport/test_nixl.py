@@ -126,6 +126,7 @@ HOSTILE = {
     "a name that is none": changed(agent="../../x"),
     "a long name": changed(agent="a" * 65),
     "the metadata of another": changed(agent="0a1c"),
+    "text that is none": changed(package="xyz").replace(b"xyz", b"\xff\xfe\xfd"),
     "a long package": changed(package="1" * 65),
     "no metadata": changed(metadata=b""),
     "much metadata": changed(metadata=bytes(NIXL_METADATA_BYTES_MAX + 1)),

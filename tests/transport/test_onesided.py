@@ -4,11 +4,13 @@ delays, fails and writes late."""
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 
 import pytest
 
 from kvmesh.transport import taking
+from kvmesh.transport.errors import UnreachableError
 from kvmesh.transport.interface import Outcome, Slice, Want
 from kvmesh.transport.lending_messages import Ask, GiveBack, Lend, Renew
 from kvmesh.transport.limits import (
@@ -18,12 +20,13 @@ from kvmesh.transport.limits import (
     LEND_BATCHES_AT_ONCE,
     LEND_RUN_BYTES_MIN,
     LEND_RUNS_MAX,
+    LINKS_PER_READ_MAX,
     MIB,
 )
 from kvmesh.transport.onesided import runs
 from tests.support.waiting import wait_until_async
 from tests.transport.ends import LONG_S, Chunks, collect, key, outcomes, pattern, wants
-from tests.transport.movers import ADDRESS, Stage
+from tests.transport.movers import ADDRESS, FakeMove, Stage
 
 TAGS = {kind: kind.__struct_config__.tag for kind in (Ask, Lend, Renew, GiveBack)}
 
@@ -239,6 +242,29 @@ def test_a_holder_that_restarted_is_asked_again_and_read_in_the_same_read() -> N
             assert len(await collect(stage.read(wants(range(3), 100), LONG_S))) == 3
             assert stage.calls.count(TAGS[Ask]) == 2
             assert [mover.closed for mover in stage.fake.movers] == [True, False]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("instances", [1, 1000])
+def test_a_holder_that_hangs_up_each_time_costs_a_few_links(instances: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its connection ends, so it is gone, for all we know; but when it is asked again it is there, with an offer. The
+    same process, or another each time."""
+
+    async def main() -> None:
+        async with Stage(chunks(3, 100)) as stage:
+            numbers = itertools.cycle(range(instances))
+
+            async def hang_up(move: FakeMove) -> None:
+                if instances > 1:
+                    stage.restart(b"%016d" % next(numbers))
+                stage.peers.lost(move._mover)
+                raise UnreachableError("it is gone")
+
+            monkeypatch.setattr(FakeMove, "wait", hang_up)
+            assert await collect(stage.read(wants(range(3), 100), 1.0)) == {}
+            assert stage.counters.peers_lost == 1, "it ended before its deadline"
+            assert len(stage.fake.movers) == (1 if instances == 1 else LINKS_PER_READ_MAX)
 
     asyncio.run(main())
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import zmq
 
 from kvmesh.transport import zmq_calls, zmq_links, zmq_sockets, zmtp
 from kvmesh.transport.assembly import Assembly
@@ -19,6 +20,7 @@ from kvmesh.transport.limits import (
     MIB,
 )
 from kvmesh.transport.zmq import ZmqTransport, open_zmq
+from kvmesh.transport.zmq_sockets import LoopSocket
 from tests.support.waiting import wait_until_async
 from tests.transport.ends import LONG_S, Chunks, collect, echo, key, two, wants
 from tests.transport.strangers import transport
@@ -169,6 +171,28 @@ def test_a_failure_of_the_thread_ends_its_reads(
 
     asyncio.run(main())
     assert "the bulk thread failed" in caplog.text
+
+
+def test_a_message_that_is_gone_again_is_none() -> None:
+    """libzmq drops what came when a connection ends: also between the look whether something is there, and the take."""
+    heard: list[list[bytes]] = []
+
+    class Promising:
+        def get(self, option: int) -> int:
+            return zmq.POLLIN
+
+        def recv_multipart(self, flags: int) -> list[bytes]:
+            raise zmq.Again
+
+    async def main() -> None:
+        with contextlib.closing(zmq.Context()) as context, contextlib.closing(context.socket(zmq.PAIR)) as quiet:
+            ends = LoopSocket(quiet, heard.append)
+            ends._socket = Promising()  # type: ignore[assignment]
+            ends.drain()
+            ends.leave()
+
+    asyncio.run(main())
+    assert heard == []
 
 
 def test_opening_and_closing_leaves_nothing() -> None:

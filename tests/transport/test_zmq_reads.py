@@ -13,7 +13,7 @@ import pytest
 import zmq
 
 from kvmesh.transport import zmq_bulk, zmq_links, zmq_reads, zmtp
-from kvmesh.transport.checksum import checksum
+from kvmesh.transport.checksum import bound, checksum
 from kvmesh.transport.counters import Counters
 from kvmesh.transport.frames import (
     CORRUPT_HERE,
@@ -28,7 +28,7 @@ from kvmesh.transport.frames import (
     to_holder,
 )
 from kvmesh.transport.interface import Landing, Outcome, Want
-from kvmesh.transport.limits import FRAME_BYTES_MAX, KIB, MESH_PROTOCOL_VERSION, MIB, PARTS_PER_MESSAGE_MAX
+from kvmesh.transport.limits import FRAME_BYTES_MAX, KIB, MESH_PROTOCOL_VERSION, MIB, PARTS_PER_MESSAGE_MAX, STAGE_BYTES
 from kvmesh.transport.zmq_bulk import BulkThread
 from tests.support.waiting import wait_until_async
 from tests.transport.ends import LONG_S, Chunks, collect, key, outcomes, pattern, wants
@@ -45,7 +45,7 @@ def bulk(*items: Item, read_id: int = 1) -> Bulk:
 
 
 def whole(index: int, sum_: int = SUM) -> Item:
-    return Item(index, HELD, sum_, 0, 3000)
+    return Item(index, HELD, bound(sum_, key(index), None), 0, 3000)
 
 
 # --- bodies ------------------------------------------------------------------------------------------------------
@@ -348,6 +348,32 @@ def test_a_connection_gets_no_more_than_its_share_of_a_turn(monkeypatch: pytest.
     asyncio.run(main())
     assert sum(turns) == 160 * KIB
     assert max(turns) <= 24 * KIB  # the share, the call that goes beyond it, and what the stage held
+
+
+@pytest.mark.parametrize("said", [frames(b"") * 40_000, b"\x04\x02\x01x" * 40_000], ids=["messages", "commands"])
+def test_frames_of_next_to_no_bytes_use_a_turn_up_as_well(said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[int] = []
+    receive = zmq_reads.Reads.receive
+
+    def counted(self: zmq_reads.Reads, link: zmq_links.Link[zmq_reads.Active]) -> bool:
+        before = link.connection.frames
+        more = receive(self, link)
+        turns.append(link.connection.frames - before)
+        return more
+
+    monkeypatch.setattr(zmq_reads.Reads, "receive", counted)
+
+    async def say(writer: asyncio.StreamWriter) -> None:
+        writer.write(said)
+        writer.write(frames(bulk(whole(0)), CONTENT))
+
+    async def main() -> None:
+        async with plain_peer(say) as address, transport() as reader:
+            assert len(await collect(reader.read(address, wants([0], 3000), deadline_s=LONG_S))) == 1
+
+    asyncio.run(main())
+    assert sum(turns) == 40_000 + 1 + 2  # READY; a message of two
+    assert max(turns) <= zmq_reads.TURN_BYTES // zmq_reads.FRAME_COST_BYTES + STAGE_BYTES // 4
 
 
 # --- names -------------------------------------------------------------------------------------------------------

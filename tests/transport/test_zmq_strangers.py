@@ -174,6 +174,39 @@ def test_calls_beyond_the_bounds_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     asyncio.run(main())
 
 
+def test_who_calls_while_the_node_closes_leaves_nothing_behind() -> None:
+    async def main() -> None:
+        began, asked_to_end, may_end = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        calls: list[bytes] = []
+
+        async def handler(request: bytes) -> bytes:
+            calls.append(request)
+            began.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                asked_to_end.set()
+                await may_end.wait()
+            return b""
+
+        node = await open_zmq("127.0.0.1", 0, None, handler)
+        with Stranger(zmq.DEALER, node.address) as stranger:
+            await stranger.say(Call(V, 1), b"first")
+            await asyncio.wait_for(began.wait(), LONG_S)
+            closing = asyncio.create_task(node.close())
+            await asyncio.wait_for(asked_to_end.wait(), LONG_S)
+            monitor = stranger.socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            await stranger.say(Call(V, 2), b"second")
+            await asyncio.wait([asyncio.create_task(monitor.poll(50))])  # until it is heard, or the connection is gone
+            may_end.set()
+            await asyncio.wait_for(closing, LONG_S)
+            stranger.socket.disable_monitor()
+            monitor.close()
+        assert calls == [b"first"]
+
+    asyncio.run(main())
+
+
 def test_what_readers_suspect_is_bounded_and_told_to_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zmq_serve, "SUSPECTS_PER_SWEEP_MAX", 3)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -259,6 +261,8 @@ def test_a_handshake_has_its_time() -> None:
 def test_a_silent_peer_is_asked_and_then_lost() -> None:
     connection = opened()
     connection.heard_s = 50.0
+    connection.tick(50.0)
+    connection.outgoing.clear()
     assert connection.due_s == 50.0 + HEARTBEAT_INTERVAL_S
     connection.tick(49.9 + HEARTBEAT_INTERVAL_S)
     assert not connection.outgoing
@@ -271,6 +275,21 @@ def test_a_silent_peer_is_asked_and_then_lost() -> None:
         connection.tick(50.0 + HEARTBEAT_TIMEOUT_S)
     connection.heard_s = 55.0  # whatever it said
     connection.tick(50.0 + HEARTBEAT_TIMEOUT_S)
+
+
+def test_a_peer_that_talks_is_given_signs_of_life_too() -> None:
+    """Behind megabytes that a slow path has not carried yet its own PING stands in line, and so does our PONG."""
+    connection = opened()
+    said: list[float] = []
+    for now in range(60):
+        connection.heard_s = float(now)
+        connection.tick(now)
+        if connection.outgoing:
+            said.append(now)
+            connection.outgoing.clear()
+    assert said[0] <= HEARTBEAT_INTERVAL_S
+    assert {later - earlier for earlier, later in itertools.pairwise(said)} == {HEARTBEAT_INTERVAL_S}
+    assert connection.due_s == said[-1] + HEARTBEAT_INTERVAL_S
 
 
 def test_another_mechanism_has_its_own_commands() -> None:
