@@ -119,17 +119,24 @@ def test_an_agent_that_goes_away_and_comes_back(agents: LocalAgents) -> None:
         assert torch.equal(hit[0], tensor(SPACE, 0))
 
 
-def test_an_agent_that_goes_away_under_a_waiting_hit(agents: LocalAgents) -> None:
+@pytest.mark.parametrize("ends", ["in order", "at once"])
+def test_an_agent_that_goes_away_under_a_waiting_hit(agents: LocalAgents, ends: str) -> None:
     _, b = pair(agents)
     chain = chain_of(SPACE, 1)
     put(agents.mesh("a"), SPACE, chain)
     agents.wait(b, lambda: b.node.discovery.map.has("a", chain[-1]))
     agents.do(lambda: agents.network.stall("a"))
     hit = agents.mesh("b").get(SPACE, chain, deadline_s=30)
-    agents.stop("b")
-    for _ in range(2):
-        with pytest.raises(kvmesh.AgentUnavailableError):
-            hit.count  # noqa: B018
+    if ends == "in order":
+        agents.wait_for(lambda: b.fetcher.stats()["flights"] == 1)
+        agents.stop("b")
+        assert (hit.count, hit.reason) == (0, "miss"), "its fetches end before its clients do"
+    else:
+        agents.wait_for(lambda: b.listener.clients > 0)
+        agents.do(lambda: [session.close() for session in list(b.listener._sessions)])
+        for _ in range(2):
+            with pytest.raises(kvmesh.AgentUnavailableError):
+                hit.count  # noqa: B018
     hit.close()
     agents.do(lambda: agents.network.resume("a"))
 
