@@ -301,6 +301,9 @@ class Session(asyncio.Protocol):
         grant = self._desk.grants.find(self._number, request.get)
         if grant is None:
             return  # its time was over: everything went back then
+        if not grant.busy and self._desk.store.leased_at(grant) == set(request.offsets):
+            self._desk.grants.end(self._number, request.get)  # all of it at once, as a hit does that is left
+            return
         for offset in request.offsets:
             chunk = self._desk.store.leased(grant, offset)
             if chunk is None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from kvmesh.extents import Extents, aligned, largest_gap
@@ -255,6 +255,11 @@ class Store:
         belongings = self._owners.get(owner)
         held = belongings.leases.get(offset) if belongings is not None else None
         return held[0] if held is not None else None
+
+    def leased_at(self, owner: Owner) -> Collection[int]:
+        """Where the chunks lie that `owner` has leases of: to look at."""
+        belongings = self._owners.get(owner)
+        return belongings.leases.keys() if belongings is not None else frozenset()
 
     def leased_by(self, owner: Owner) -> int:
         """How many chunks `owner` has leases of."""
