@@ -28,7 +28,7 @@ from .interface import CallHandler, ChunkSource, Landing, Reading, TransportStat
 from .landings import LandingStream, check_wants
 from .lending_messages import CALL_PREFIX
 from .lending_serve import LendingServer
-from .limits import COPY_THREADS, INSTANCE_BYTES, OFFER_WAIT_BYTES_MIN, OFFER_WAIT_S
+from .limits import COPY_THREADS, INSTANCE_BYTES, LINKS_PER_READ_MAX, OFFER_WAIT_BYTES_MIN, OFFER_WAIT_S
 from .onesided import OneSidedEnd
 from .peers import NO_LINK, Peers
 from .returning import Returns
@@ -59,7 +59,8 @@ async def open_transport(
     instance = os.urandom(INSTANCE_BYTES)
     threads = ThreadPoolExecutor(COPY_THREADS, "kvmesh-copy")
     counters = Counters()
-    lending = LendingServer(source, instance, threads, counters)
+    verifying = ThreadPoolExecutor(COPY_THREADS, "kvmesh-verify")  # for peers: our own copies do not wait for that
+    lending = LendingServer(source, instance, verifying, counters)
 
     async def handle(request: bytes) -> bytes:
         return await (lending.handle(request) if request[:1] == CALL_PREFIX else handler(request))
@@ -68,6 +69,7 @@ async def open_transport(
         zmq = await open_zmq(host, port, source, handle)
     except BaseException:
         threads.shutdown()
+        verifying.shutdown()
         raise
     transport = MeshTransport(zmq, lending, source, instance, Tools(threads, counters, Returns()), transports)
     try:
@@ -172,6 +174,7 @@ class MeshTransport:
             await end.close()
         await self._zmq.close()
         self._tools.threads.shutdown()
+        self._lending.threads.shutdown()
 
     async def _call(self, address: str, request: bytes, timeout_s: float) -> bytes:
         try:
@@ -238,11 +241,14 @@ class MeshReading:
             self._stream.end()
 
     async def _take(self) -> None:
-        """Take what can be taken. Each failure leaves a backend out, so it ends."""
+        """Take what can be taken. A failure leaves a backend out, unless the holder claims to be another process by
+        then."""
         last: Link | None = None
         wait_s = OFFER_WAIT_S if self._by_zmq is not None else self._ends_s - self._loop.time()
-        link = await self._peers.wait_for_link(self._address, wait_s)
-        while link is not None and link is not last:
+        for _ in range(LINKS_PER_READ_MAX):
+            link = await self._peers.wait_for_link(self._address, wait_s)
+            if link is None or link is last:
+                return
             try:
                 await take(link, takeable(self._left.items()), self._ends_s, self._land)
             except PeerError as error:
@@ -251,7 +257,7 @@ class MeshReading:
                 self._peers.failed(self._address, link)
             else:
                 return
-            last, link = link, await self._peers.wait_for_link(self._address, wait_s)
+            last = link
 
     async def _read_by(self, zmq: ZmqTransport) -> None:
         indices, wants = list(self._left), list(self._left.values())

@@ -2,8 +2,8 @@
 
 The table of leases (lending.py) decides; this module takes messages apart, keeps the clock, and computes what the table
 may not: the checksum of a part. Before it does, it verifies the whole chunk against the checksum of its put, so that a
-part is never a sound checksum of bytes that went wrong in the arena. That happens in the transport's copy threads; the
-rest runs on the loop.
+part is never a sound checksum of bytes that went wrong in the arena. That happens in threads of its own; the rest runs
+on the loop.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LendingServer:
         self._loop = asyncio.get_running_loop()
         self._source = source
         self._instance = instance
-        self._threads = threads
+        self.threads = threads
         self._counters = counters
         self._ends: Mapping[str, OneSidedEnd] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -114,7 +114,7 @@ class LendingServer:
         items = list(lease.items)
         if any(part is not None for _, _, part in wanted):
             try:
-                items = await self._loop.run_in_executor(self._threads, _with_parts, list(lease.loans), items, wanted)
+                items = await self._loop.run_in_executor(self.threads, _with_parts, list(lease.loans), items, wanted)
             except asyncio.CancelledError:
                 self.table.give_back(message.reader, number)
                 raise
@@ -173,7 +173,7 @@ def _bound(items: list[LentItem], wanted: list[Wanted]) -> list[LentItem]:
 
 
 def _with_parts(loans: list[Loan | None], items: list[LentItem], wanted: list[Wanted]) -> list[LentItem]:
-    """The items, with the checksums of the parts that are wanted. Runs in a copy thread."""
+    """The items, with the checksums of the parts that are wanted. Runs in one of `threads`."""
     verified: tuple[Loan, bool] | None = None
     done = []
     for loan, item, (_, _, part) in zip(loans, items, wanted, strict=True):

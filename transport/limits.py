@@ -161,8 +161,8 @@ OFFER_WAIT_BYTES_MIN: Final = 1 * MIB
 OFFERS_KEPT_MAX: Final = 1024
 """Peers whose offers are remembered. Beyond it the one that was used least recently is asked again."""
 LINKS_PER_READ_MAX: Final = 4
-"""Links to its holder that one read tries, one after the other, before it goes by ``zmq``: a backend each, and once more
-for a holder that has just started again."""
+"""Links to its holder that one read tries, one after the other, before it goes by ``zmq``: one of each backend, and
+more for a holder that has just started again."""
 BACKEND_RETRY_S: Final = 30.0
 """A backend that failed for a peer is left out for so long."""
 OFFER_KEPT_S: Final = BACKEND_RETRY_S

@@ -38,7 +38,7 @@ def parse_offer(data: bytes) -> Offer:
         raise ProtocolError(f"an offer of NIXL with {len(data)} bytes; {NIXL_OFFER_BYTES_MAX} are allowed")
     try:
         offer = _offers.decode(data)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolError(f"an offer of NIXL that is malformed: {error}") from None
     if not offer.metadata.startswith(_beginning(offer.agent)):
         raise ProtocolError("an offer of NIXL whose metadata is of another agent")  # it could disturb that one

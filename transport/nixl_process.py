@@ -224,14 +224,15 @@ class Keeper:
 
     async def _one(self) -> None:
         """One child's life."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            try:
+        try:
+            ours, theirs = socket.socketpair()
+            with theirs, contextlib.ExitStack() as stack:
+                stack.callback(ours.close)
                 self._child = self._spawn(theirs)
-            except OSError as error:
-                ours.close()
-                log.warning("the NIXL process (%s) does not start: %s", self._role, error)
-                return
+                stack.pop_all()
+        except OSError as error:
+            log.warning("the NIXL process (%s) does not start: %s", self._role, error)
+            return
         reader, writer = await asyncio.open_unix_connection(sock=ours)
         try:
             async with asyncio.timeout(NIXL_START_S):
@@ -242,7 +243,7 @@ class Keeper:
                 self.first.set()
             while True:
                 self._on_message(await self._message(reader))
-        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError, msgspec.DecodeError):
+        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError, msgspec.DecodeError, UnicodeDecodeError):
             log.info("the NIXL process (%s, %s) is gone", self._role, self.pid)
         finally:
             self._writer = None
@@ -278,12 +279,18 @@ class Keeper:
         """Wait until the killed child is gone, without a thread."""
         assert self._child is not None
         loop, gone = asyncio.get_running_loop(), asyncio.Event()
-        descriptor = os.pidfd_open(self._child.pid)
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._forget_child)
+            try:
+                descriptor = os.pidfd_open(self._child.pid)
+            except OSError:
+                return  # no descriptor is free: the loop waits for the milliseconds that the end of a process takes
+            stack.callback(os.close, descriptor)
+            stack.callback(loop.remove_reader, descriptor)
             loop.add_reader(descriptor, gone.set)
             await gone.wait()
-        finally:
-            loop.remove_reader(descriptor)
-            os.close(descriptor)
-            self._child.wait()
-            self._child = None
+
+    def _forget_child(self) -> None:
+        assert self._child is not None
+        self._child.wait()
+        self._child = None

@@ -96,12 +96,14 @@ class Peers:
             peer.fresh_until_s = 0.0
 
     def failed(self, address: str, link: Link) -> None:
-        """A taking by this link failed. Its backend is left out when it was the backend that did."""
+        """A taking by this link failed. Its backend is left out when it was the backend that did; also when the link is
+        lost already, since a process that lives on may hang up each time."""
         self.stale(address)
         peer = self._peers.get(address)
-        if link.broken and peer is not None and peer.link is link:
+        if link.broken and peer is not None and peer.instance == link.instance:
             peer.left_out_until_s[link.backend] = self._loop.time() + BACKEND_RETRY_S
-            self._unlink(peer)
+            if peer.link is link:
+                self._unlink(peer)
 
     def lost(self, mover: Mover) -> None:
         """The process at the other end of this mover is gone."""
@@ -127,9 +129,9 @@ class Peers:
     def _use(self, address: str) -> _Peer:
         peer = self._peers.get(address)
         if peer is None:
-            peer = self._peers[address] = _Peer(address)
-            if len(self._peers) > OFFERS_KEPT_MAX:
+            if len(self._peers) >= OFFERS_KEPT_MAX:
                 self._forget_one()
+            peer = self._peers[address] = _Peer(address)
         peer.used_s = self._loop.time()
         self._peers.move_to_end(address)
         return peer

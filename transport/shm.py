@@ -143,7 +143,8 @@ class ShmEnd:
             if not data or not fds:
                 raise UnreachableError(f"{peer_address} does not share its memory with this process")
             mapping = _map(fds[0], _decode(Welcome, data).arena_bytes)
-            return ShmMover(connection.dup(), mapping, self._threads, self._on_holder_gone)
+            kept = socket.socket(fileno=connection.detach())  # a copy would need one more descriptor
+            return ShmMover(kept, mapping, self._threads, self._on_holder_gone)
 
     async def close(self) -> None:
         """As `OneSidedEnd.close`."""

@@ -123,6 +123,10 @@ class ZmqReading:
         self._stream.end()
 
     def _stop(self) -> None:
-        """The stream has ended: by its last landing, its deadline, or its consumer."""
+        """The stream has ended: by its last landing, its deadline, or its consumer. With the last landing comes the end
+        of the read, in the same batch of news: so the thread is told, and woken, only if it goes on."""
+        asyncio.get_running_loop().call_soon(self._cancel)
+
+    def _cancel(self) -> None:
         if not self._quiet.is_set():
             self._bulk.cancel(self._read)

@@ -81,12 +81,12 @@ class Server:
         if self._probe is not None:
             self._probe.cancel()
         self.lender.close()
+        self._socket.close()  # before anything is waited for: nobody asks for more meanwhile
         tasks = list(self._calls.values())
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-        self._socket.close()
 
     # --- messages --------------------------------------------------------------------------------------------------
     def _receive(self, parts: list[bytes]) -> None:

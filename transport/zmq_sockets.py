@@ -172,7 +172,11 @@ class LoopSocket:
                 return
             if not cast(int, self._socket.get(zmq.EVENTS)) & zmq.POLLIN:  # cheaper than to try and catch `zmq.Again`
                 return
-            self._on_message(self._socket.recv_multipart(zmq.NOBLOCK))
+            try:
+                message = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:  # what came was dropped meanwhile, with its connection
+                return
+            self._on_message(message)
         self._drain_soon()
 
 

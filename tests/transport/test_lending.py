@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -11,12 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmesh.transport import lending
+from kvmesh.transport import lending, lending_serve
+from kvmesh.transport.backends import open_transport
 from kvmesh.transport.checksum import bound, checksum
 from kvmesh.transport.counters import Counters
 from kvmesh.transport.errors import ProtocolError
 from kvmesh.transport.frames import CORRUPT_HERE, HELD, NOT_HELD, WRONG_SIZE, encode_read
-from kvmesh.transport.interface import Slice, Want
+from kvmesh.transport.interface import Outcome, Slice, Want
 from kvmesh.transport.lending import Lease, LeaseTable
 from kvmesh.transport.lending_messages import (
     Ask,
@@ -39,14 +42,17 @@ from kvmesh.transport.lending_messages import (
 )
 from kvmesh.transport.lending_serve import LendingServer
 from kvmesh.transport.limits import (
+    COPY_THREADS,
     LEASES_PER_READER_MAX,
     LEND_BATCH_CHUNKS_MAX,
     LEND_LEASE_S,
     LEND_RUNS_MAX,
     MESH_PROTOCOL_VERSION,
+    MIB,
 )
 from tests.support.waiting import wait_until_async
-from tests.transport.ends import LONG_S, Chunks, key, pattern
+from tests.transport.arenas import MappedChunks
+from tests.transport.ends import LONG_S, Chunks, collect, echo, key, outcomes, pattern
 
 A, B = b"a" * 16, b"b" * 16
 """Two readers."""
@@ -401,5 +407,36 @@ def test_a_reader_that_goes_while_its_part_is_verified_gets_no_verdict() -> None
                 await lending_call
             await asyncio.wrap_future(blocked)
             assert served.source.suspected == []
+
+    asyncio.run(main())
+
+
+def test_a_copy_does_not_wait_for_what_is_verified_for_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does the end of a read, which waits for its copies: peers may have any number of chunks verified."""
+    begun, go_on = threading.Semaphore(0), threading.Event()
+
+    def slow(*_: object) -> list[LentItem]:
+        begun.release()
+        go_on.wait(LONG_S)
+        return []
+
+    async def main() -> None:
+        monkeypatch.setattr(lending_serve, "_with_parts", slow)
+        source = chunks(2, MIB)
+        async with contextlib.AsyncExitStack() as stack:
+            ends = []
+            for _ in range(2):
+                mapped = MappedChunks(source)
+                stack.callback(mapped.close)
+                ends.append(await open_transport("127.0.0.1", 0, mapped, echo, transports=("shm",)))
+                stack.push_async_callback(ends[-1].close)
+            stack.callback(go_on.set)
+            node, peer = ends
+            for _ in range(COPY_THREADS):
+                ask = peer.read(node.address, [part(0, Slice(0, 100), MIB)], deadline_s=1000)
+                stack.push_async_callback(ask.close)
+                await asyncio.to_thread(begun.acquire, timeout=LONG_S)
+            landings = await collect(node.read(peer.address, wants(1, size_bytes=MIB), deadline_s=LONG_S / 4))
+            assert outcomes(landings) == {0: Outcome.LANDED}
 
     asyncio.run(main())

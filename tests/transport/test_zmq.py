@@ -185,7 +185,7 @@ def test_a_message_that_is_gone_again_is_none() -> None:
             raise zmq.Again
 
     async def main() -> None:
-        with contextlib.closing(zmq.Context()) as context, contextlib.closing(context.socket(zmq.PAIR)) as quiet:
+        with zmq.Context() as context, context.socket(zmq.PAIR) as quiet:
             ends = LoopSocket(quiet, heard.append)
             ends._socket = Promising()  # type: ignore[assignment]
             ends.drain()
