@@ -76,12 +76,19 @@ class Fetch:
             return
         self._busy = True
         clock = self.fetcher.clock
-        for action in self.plan.handle(event, clock()):
-            self._do(action, checksum)
-        while self._found:
-            for action in self.plan.handle(self._found.popleft(), clock()):
-                self._do(action, 0)
-        self._busy = False
+        try:
+            for action in self.plan.handle(event, clock()):
+                self._do(action, checksum)
+            while self._found:
+                for action in self.plan.handle(self._found.popleft(), clock()):
+                    self._do(action, 0)
+        except Exception:
+            # Whoever waits gets a miss at once, and what is under way is closed: nothing of a fetch may be left over.
+            log.exception("a fetch failed by an error of our own")
+            self._found.clear()
+            self.stop()
+        finally:
+            self._busy = False
 
     def stop(self) -> None:
         """End everything."""

@@ -17,6 +17,7 @@ import kvmesh
 from kvmesh.agent import Agent
 from kvmesh.fetch import Ask, Fate, Flight
 from kvmesh.keys import part_key
+from kvmesh.plan import ReadPlan
 from kvmesh.rates import Path as RatePath
 from kvmesh.transport.interface import Landing, Outcome, Reading, Slice, Want
 from tests.support.agents import MIB, LocalAgents
@@ -488,3 +489,27 @@ def test_a_prefetch_goes_on_when_a_get_that_joined_it_goes_away(agents: LocalAge
     agents.do(lambda: agents.network.resume("a"))
     agents.wait_for(lambda: r.store.stats().chunks == len(chain))
     at_rest_soon(agents, r)
+
+
+@pytest.mark.parametrize("event", ["Begin", "Landed", "Tick"])
+def test_an_error_of_our_own_ends_the_fetch_and_leaves_nothing(
+    agents: LocalAgents, event: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    chain = SPACE.chain(list(range(8 * 16)))
+    r = reader(agents, {"a": chain})
+    handle = ReadPlan.handle
+
+    def failing(self: ReadPlan, what: object, now: float) -> list[Any]:
+        if type(what).__name__ == event:
+            raise ZeroDivisionError
+        return handle(self, what, now)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ReadPlan, "handle", failing)
+    if event == "Tick":
+        agents.do(lambda: agents.network.stall("a"))
+    fates = fetch(agents, r, chain, ask(SPACE, within_s=0.2))
+    assert fates == [Fate.MISS] * len(fates)
+    at_rest_soon(agents, r)
+    said = caplog.text
+    caplog.clear()  # the records have the frames, and these the arena
+    assert "error of our own" in said
