@@ -10,6 +10,7 @@ chunk that stays in its holder's store once it was read, or a right one that doe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import random
@@ -158,7 +159,10 @@ def flip_in_arena(node: Node, space: kvmesh.Namespace, key: bytes, rng: random.R
 def _arena_of(pid: int) -> str:
     """The arena's file, by the process that made it."""
     folder = f"/proc/{pid}/fd"
-    links = {name: os.readlink(f"{folder}/{name}") for name in os.listdir(folder)}
+    links: dict[str, str] = {}
+    for name in os.listdir(folder):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            links[name] = os.readlink(f"{folder}/{name}")
     return next(f"{folder}/{name}" for name, link in links.items() if link.startswith("/memfd:kvmesh-arena"))
 
 
