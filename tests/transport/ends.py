@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import zmq
 
+from kvmesh.transport.backends import MeshTransport, open_transport
 from kvmesh.transport.checksum import checksum
 from kvmesh.transport.interface import CallHandler, Landing, Outcome, Reading, Region, Slice, Transport, Want
 from kvmesh.transport.memory import MemoryNetwork
 from kvmesh.transport.zmq import open_zmq
 
-BACKENDS = ("memory", "zmq")
+BACKENDS = ("memory", "zmq", "mesh", "shm")
+"""`mesh`: all that an agent opens, when the nodes do not know each other yet; `shm`: the same, when they do."""
 LONG_S = 20.0
 """A deadline that no test should reach."""
 
@@ -154,6 +156,8 @@ class Ends:
         self.network = MemoryNetwork()
         self._stack = contextlib.AsyncExitStack()
         self._count = 0
+        self._meshes: list[tuple[MeshTransport, bool]] = []
+        """Those that were opened, and whether they lend."""
 
     async def __aenter__(self) -> Ends:
         return self
@@ -167,10 +171,30 @@ class Ends:
         transport: Transport
         if self.backend == "memory":
             transport = self.network.open(f"node{self._count}", source, handler)
-        else:
+        elif self.backend == "zmq":
             transport = await open_zmq("127.0.0.1", 0, source, handler)
+        else:
+            return await self._open_mesh(source, handler)
         self._stack.push_async_callback(transport.close)
         return transport
+
+    async def _open_mesh(self, source: Chunks | None, handler: CallHandler) -> MeshTransport:
+        from tests.transport.arenas import MappedChunks  # it builds on this module
+
+        mapped = None
+        if source is not None:
+            mapped = MappedChunks(source)
+            self._stack.callback(mapped.close)
+        opened = await open_transport("127.0.0.1", 0, mapped, handler, transports=("shm", "zmq"))
+        self._stack.push_async_callback(opened.close)
+        if self.backend == "shm":
+            for other, lends in [*self._meshes, (opened, source is not None)]:
+                if lends:
+                    await opened.peers.wait_for_link(other.address, LONG_S)
+                if source is not None and other is not opened:
+                    await other.peers.wait_for_link(opened.address, LONG_S)
+        self._meshes.append((opened, source is not None))
+        return opened
 
     async def stalled(self) -> str:
         """The address of a peer that accepts everything and answers nothing."""
