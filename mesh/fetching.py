@@ -264,7 +264,9 @@ class Read:
             fetch.handle(Landed(self._number, place), landing.checksum)
             return
         fetcher.counts[landing.outcome.value] += 1
-        fetcher.rates.answered(self._path, 0, now)
+        # Bytes that came wrong took the time of bytes; a copy that the holder found wrong itself has no checksum.
+        moved = landing.outcome is Outcome.CORRUPT and landing.checksum
+        fetcher.rates.answered(self._path, fetch.size_bytes if moved else 0, now)
         if landing.outcome is Outcome.NOT_HELD:
             fetcher.holders.forget(self._peer.name, fetch.keys[place])
         else:

@@ -2,7 +2,8 @@
 
 A *transport* is one node's end. It answers *calls* (small control messages, one request and one reply), serves *reads*
 (bulk: chunks out of this node's arena) and makes both towards other nodes. `kvmesh.transport.memory` and
-`kvmesh.transport.zmq` have the same behaviour; one contract test runs against both (tests/transport/test_contract.py).
+`kvmesh.transport.zmq` have the same behaviour; one contract test runs against both, and against all that an agent opens
+(tests/transport/test_contract.py).
 
 The rules of a read:
 

@@ -244,7 +244,8 @@ class Keeper:
             while True:
                 self._on_message(await self._message(reader))
         except (asyncio.IncompleteReadError, ConnectionError, TimeoutError, msgspec.DecodeError, UnicodeDecodeError):
-            log.info("the NIXL process (%s, %s) is gone", self._role, self.pid)
+            if not self._closing.is_set():
+                log.info("the NIXL process (%s, %s) is gone", self._role, self.pid)
         finally:
             self._writer = None
             writer.close()

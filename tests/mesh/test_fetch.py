@@ -119,7 +119,9 @@ def test_a_corrupt_copy_is_replaced_by_another_holders_and_said_once(
         agents.do(lambda: r.fetcher.warn("b", chain[0], Outcome.CORRUPT))
         said = [record.args[1] for record in caplog.records if record.name == "kvmesh.fetch" and record.args]  # type: ignore[index]
     assert right(agents, r, SPACE, chain)
-    assert agents.do(r.fetcher.stats)["corrupt"] == 1
+    stats = agents.do(r.fetcher.stats)
+    assert stats["corrupt"] == 1
+    assert sum(row["bytes"] for row in stats["paths"]) == 6 * SPACE.chunk_bytes, "what came wrong has moved as well"
     assert said == ["a", "b"]
     at_rest(agents, r)
 
