@@ -125,7 +125,7 @@ class Getting:
                 used += 1
                 fetched += 1
             self.store.touch(stored)  # as they landed the front would be the first to be evicted
-            moved = fetched * (self.ask.chunk_bytes if self.ask.part is None else self.ask.part.bytes)
+            moved = fetched * self.ask.size_bytes
             self.send(report(self.id, unsent, self.ask.part, final=True, fetched=fetched, moved=moved, why=fate.value))
         finally:
             for flight in flights.values():

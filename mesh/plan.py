@@ -23,7 +23,7 @@ still lands.
 
 So a plan always ends, at its deadline at the latest, and a chunk is read by at most 1 + hedge + failed holders reads.
 Sans-IO: events and the time (monotonic seconds) go in, actions come out. It sees neither bytes nor extents, and knows
-its holders by name only. The driver is `kvmesh.fetch`; the tests run it in virtual time.
+its holders by their places in its list. The driver is `kvmesh.fetching`; the tests run it in virtual time.
 """
 
 from __future__ import annotations
@@ -114,11 +114,6 @@ class ReadPlan:
         self.hedges = 0
         self.reassigned = 0
         """Chunks that were asked for again because a holder was dead, slow or without them."""
-
-    @property
-    def finished(self) -> bool:
-        """Whether every chunk is done or lost."""
-        return not self._open
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """What to do about `event`. Events of reads that are over, and all events after `Finish`, do nothing."""

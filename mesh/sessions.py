@@ -241,8 +241,8 @@ class Session(asyncio.Protocol):
     def _prefetch(self, request: protocol.Prefetch) -> int:
         space = self._space(request.space_id)
         keys = [k for k in _chain(request.keys) if self._desk.store.get(k) is None]
-        deadline, rate = time.monotonic() + _bounded(request.deadline_s), request.prefill_tokens_per_s
-        ask = _ask(space, deadline, rate if rate and rate > 0 else None, None)
+        deadline = time.monotonic() + _bounded(request.deadline_s)
+        ask = _ask(space, deadline, request.prefill_tokens_per_s, None)
         flights = self._desk.fetcher.want(None, keys, ask).values()
         return sum(not flight.done.done() for flight in flights)  # one that is done already was refused
 
@@ -277,8 +277,7 @@ class Session(asyncio.Protocol):
             self._send(report(request.id, list(held.values()), part, final=True, why=Fate.LANDED.value))
             self._done(grant)
         else:
-            rate = request.prefill_tokens_per_s
-            ask = _ask(space, now + _bounded(request.deadline_s), rate if rate and rate > 0 else None, part)
+            ask = _ask(space, now + _bounded(request.deadline_s), request.prefill_tokens_per_s, part)
             getting = Getting(request.id, desk.store, desk.fetcher, self._send, grant, keys, held, ask)
             self._spawn(self._finish(getting))
 
@@ -336,6 +335,7 @@ def _slice(space: Namespace, numbers: tuple[int, int, int, int] | None) -> Slice
 
 
 def _ask(space: Namespace, deadline: float, rate: float | None, part: Slice | None) -> Ask:
+    rate = rate if rate and rate > 0 else None  # NaN is not > 0
     return Ask(space.digest[:NAMESPACE_ID_BYTES], space.chunk_bytes, space.chunk_tokens, deadline, rate, part)
 
 

@@ -27,7 +27,6 @@ class Fate(enum.StrEnum):
 class Holder:
     """Someone to read from."""
 
-    name: str
     spans: tuple[range, ...]
     """The chunks that it has, as places in the chain."""
     bytes_per_s: float | None

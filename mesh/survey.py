@@ -57,7 +57,7 @@ class Peer:
     def holder(self, chunks: int) -> Holder:
         """What the plan of the first `chunks` chunks knows of it."""
         spans = tuple(range(span.start, min(span.stop, chunks)) for span in self.spans if span.start < chunks)
-        return Holder(self.name, spans, self.bytes_per_s, self.rtt_s)
+        return Holder(spans, self.bytes_per_s, self.rtt_s)
 
 
 @dataclass(frozen=True, slots=True)

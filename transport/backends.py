@@ -118,10 +118,6 @@ class MeshTransport:
         if "nixl" not in self._transports or self._region is None:
             return
         nixl = importlib.import_module(".nixl", __package__)
-        reason = nixl.nixl_missing_reason()
-        if reason is not None:
-            log.warning("nixl is not offered: %s", reason)
-            return
         end: OneSidedEnd | None = await nixl.open_nixl(self._region, host)
         if end is not None:
             self._ends["nixl"] = end

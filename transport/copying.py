@@ -2,9 +2,8 @@
 
 Each step is copied and then hashed while it is in the processor's cache, so that the checksum costs little beside the
 copy. numpy and xxhash release the GIL meanwhile; a thread that takes it back waits for the loop, so steps are not too
-small. A list is cut into as many shares as there are threads, of
-whole chunks, since a chunk has one digest. A list so small that waking a thread would take longer is copied at once,
-by whoever asks.
+small. A list is cut into as many shares as there are threads, of whole chunks, since a chunk has one digest. A list so
+small that waking a thread would take longer is copied at once, by whoever asks.
 
 Owns no mapping and no thread. Made and awaited on the loop; `_copy` runs in a copy thread.
 """

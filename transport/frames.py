@@ -52,7 +52,6 @@ from .limits import (
     KEY_BYTES,
     MESH_PROTOCOL_VERSION,
     MESSAGE_BYTES_MAX,
-    PARTS_PER_MESSAGE_MAX,
     READ_WINDOW_BYTES_MAX,
     READ_WINDOW_BYTES_MIN,
     REFUSAL_CHARS_MAX,
@@ -215,26 +214,11 @@ def to_caller(parts: Sequence[bytes]) -> tuple[ToCaller, bytes]:
     return message, _payload(message, parts)
 
 
-def to_reader(parts: Sequence[Buffer]) -> ToReader:
-    """The message that came on a bulk connection. A `Bulk` has a payload of the size that its items add up to."""
-    message = header_to_reader(parts[0] if parts else b"")
-    check_payload(message, [len(part) for part in parts[1:]])
-    return message
-
-
-def header_to_reader(header: Buffer) -> ToReader:
-    """The message on a bulk connection whose header has come; `check_payload` before its payload is believed."""
+def to_reader(header: Buffer) -> ToReader:
+    """The message on a bulk connection whose header has come; the bytes after it are not here yet, and are held against
+    its items as they come (zmq_reads.py). Raises `FrameError`."""
     message: ToReader = _decode(_to_reader, [header])
     return message
-
-
-def check_payload(message: ToReader, part_bytes: Sequence[int]) -> None:
-    """Raise `FrameError` unless parts of these sizes are what must follow the header."""
-    expected = sum(item.bytes for item in message.items) if isinstance(message, Bulk) else 0
-    if len(part_bytes) > (PARTS_PER_MESSAGE_MAX if isinstance(message, Bulk) else 0):
-        raise FrameError(f"{len(part_bytes)} parts for the payload of a {type(message).__name__}")
-    if sum(part_bytes) != expected:
-        raise FrameError("the payload is not of the size that the items add up to")
 
 
 def encode_read(read_id: int, window_bytes: int, lease_s: float, wants: Sequence[Want]) -> list[bytes]:

@@ -1,4 +1,4 @@
-"""The loop's end of a read: landings wait here until the reader of the read takes them. Both backends use it.
+"""The loop's end of a read: landings wait here until the reader of the read takes them. All transports use it.
 
 A stream ends at its last landing, at its deadline, or when somebody calls `end`, whichever comes first; what landed
 before that is still handed out. Whoever fills the stream hears of its end through `on_end`, exactly once. Runs on the

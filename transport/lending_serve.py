@@ -35,7 +35,9 @@ from .lending_messages import (
     pack_items,
 )
 from .limits import LEND_RUNS_MAX
-from .onesided import OneSidedEnd, run_count, runs
+from .loans import suspect
+from .onesided import OneSidedEnd
+from .slices import run_count, runs
 
 
 class LendingServer:
@@ -135,8 +137,7 @@ class LendingServer:
 
     def _suspect(self, lease: Lease, indices: list[int]) -> None:
         for key in {lease.keys[index] for index in indices if lease.items[index].state == HELD}:
-            if self._source is not None:
-                self._source.suspect(key)
+            suspect(self._source, key)
 
     def _count(self, items: list[LentItem], wanted: list[Wanted]) -> None:
         self._counters.corrupt += len(

@@ -79,6 +79,7 @@ MESSAGE_BYTES_MAX: Final = 4 * MIB
 FRAME_BYTES_MAX: Final = 16 * MIB
 """One frame of bulk bytes."""
 FRAME_BYTES_DEFAULT: Final = 4 * MIB
+"""The largest that a holder makes: in the largest window. `FRAMES_PER_WINDOW` makes it 1 MiB in an ordinary one."""
 READ_WINDOW_BYTES: Final = 16 * MIB
 """Bytes that a holder may have under way to one reader of one read: its credit. What a read costs beyond the arena."""
 READ_WINDOW_BYTES_MAX: Final = 64 * MIB
@@ -106,8 +107,8 @@ FRAMES_PER_WINDOW: Final = 16
 """A holder's frames are at most this part of the window, so that several are under way at once. 1 MiB frames measured
 best."""
 SMALL_CHUNK_BYTES: Final = 128 * KIB
-"""Chunks up to this size are copied, several to a frame: cheaper there than the bookkeeping of a send without a
-copy."""
+"""Chunks up to this size share a part of a message: as one stretch of the arena when they follow each other there, else
+joined by a copy, which is cheaper than the bookkeeping of a part each."""
 ITEMS_PER_MESSAGE_MAX: Final = 64
 ITEM_COST_BYTES: Final = 256
 """What each item of a bulk message costs of the reader's credit beside its bytes, so that tiny chunks are bounded as
@@ -116,7 +117,8 @@ WANTS_SERVED_MAX: Final = 1 << 20
 """Chunks still to send in all the reads that one holder serves: 40 MiB of keys and sizes."""
 REFUSAL_CHARS_MAX: Final = 512
 IO_THREADS: Final = 2
-"""libzmq's threads of one transport: sending and receiving bulk do not share one."""
+"""libzmq's threads of one transport. They carry all calls, and the bulk that is sent; bulk that comes has a thread of
+ours."""
 BULK_LINKS_PER_PEER_MAX: Final = 2
 """Connections for bulk to one peer. Reads at the same time spread over them, so that a small read does not wait behind
 all of a large one; for the rate of several reads it is the same (1 measured 0.9-1.0 of 2)."""
@@ -126,8 +128,9 @@ CONNECT_TIMEOUT_S: Final = 3.0
 HANDSHAKE_TIMEOUT_S: Final = 3.0
 HEARTBEAT_INTERVAL_S: Final = 2.0
 HEARTBEAT_TIMEOUT_S: Final = 6.0
-"""A connection whose other end is silent for so long is lost. libzmq's threads answer, so a busy process is not
-silent."""
+"""A connection whose other end is silent for so long is lost. For calls, and for a holder of bulk, libzmq's threads
+answer, however busy the process is; a reader of bulk answers by its bulk thread, which no work of the
+loop holds up for so long."""
 SEND_QUEUE_MESSAGES: Final = 1024
 """Messages that wait to be sent on one connection. A message beyond it is refused, or waits for the reader's next
 credit."""

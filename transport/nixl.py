@@ -65,9 +65,11 @@ def nixl_missing_reason() -> str | None:
 
 
 async def open_nixl(region: Region, host: str) -> NixlEnd | None:
-    """This node's end, serving `region`; None when NIXL is not installed or does not start. `host` is where the node
-    listens: on loopback, so do NIXL's processes."""
-    if nixl_missing_reason() is not None:
+    """This node's end, serving `region`; None, and the log says why, when NIXL is not installed or does not start.
+    `host` is where the node listens: on loopback, so do NIXL's processes."""
+    reason = nixl_missing_reason()
+    if reason is not None:
+        log.warning("nixl is not offered: %s", reason)
         return None
     end = NixlEnd(region, host)
     if not await end.open():

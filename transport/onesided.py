@@ -10,13 +10,11 @@ Knows nothing of leases and of chunks. Everything here is used on the loop; wher
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import xxhash
-
-from .interface import Slice
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +69,3 @@ class OneSidedEnd(Protocol):
 
     async def close(self) -> None:
         """Serve no more. Its movers were closed before."""
-
-
-def run_count(part: Slice | None) -> int:
-    """How many contiguous runs a part has; a whole chunk, and runs that touch, are one."""
-    return 1 if part is None or part.stride_bytes == part.run_bytes else part.count
-
-
-def runs(part: Slice) -> Iterator[tuple[int, int]]:
-    """Offset and length of each contiguous run of a part; those that touch are one."""
-    if run_count(part) == 1:
-        yield part.offset_bytes, part.bytes
-        return
-    for number in range(part.count):
-        yield part.offset_bytes + number * part.stride_bytes, part.run_bytes

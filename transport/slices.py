@@ -6,16 +6,30 @@ it lies in its chunk is checked before (landings.py at the reader, frames.py at 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from .interface import Slice
 
 
+def run_count(part: Slice | None) -> int:
+    """How many contiguous runs a part has; a whole chunk, and runs that touch, are one."""
+    return 1 if part is None or part.stride_bytes == part.run_bytes else part.count
+
+
+def runs(part: Slice) -> Iterator[tuple[int, int]]:
+    """Offset and length of each contiguous run of a part; those that touch are one."""
+    if run_count(part) == 1:
+        yield part.offset_bytes, part.bytes
+        return
+    for number in range(part.count):
+        yield part.offset_bytes + number * part.stride_bytes, part.run_bytes
+
+
 def as_one_run(part: Slice) -> Slice | None:
     """The same bytes as a single run, when there is no gap between the runs."""
-    if part.count == 1 or part.stride_bytes == part.run_bytes:
-        return Slice(part.offset_bytes, part.bytes)
-    return None
+    return Slice(part.offset_bytes, part.bytes) if run_count(part) == 1 else None
 
 
 def piece_bytes(part: Slice, offset: int, most: int) -> int:

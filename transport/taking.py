@@ -1,6 +1,6 @@
 """Taking chunks out of a holder's arena: lend, move, verify, give back, batch by batch.
 
-    wants ──▶ batches of 2, 4, 8, 16, 16… MiB, front first, a few under way:
+    wants ──▶ batches of 2, 4, 8, 16, 32, 32… MiB, front first, a few under way:
               Lend (call) ──▶ Mover.move ──▶ checksums ──▶ landings
                                                 └──▶ GiveBack (call), whatever happened
 
@@ -54,8 +54,9 @@ from .limits import (
     LEND_RUN_BYTES_MIN,
     LEND_RUNS_MAX,
 )
-from .onesided import Move, Mover, Piece, run_count, runs
+from .onesided import Move, Mover, Piece
 from .returning import Call, Returns
+from .slices import run_count, runs
 
 Indexed = tuple[int, Want]
 

@@ -24,7 +24,7 @@ import xxhash
 
 from .checksum import bound
 from .counters import Counters
-from .frames import CORRUPT_HERE, HELD, NOT_HELD, WRONG_SIZE, Buffer, Bulk, Item, Wanted, encode
+from .frames import CORRUPT_HERE, HELD, NOT_HELD, WRONG_SIZE, Buffer, Bulk, Item, Wanted, cost, encode
 from .interface import ChunkSource, Loan, Slice
 from .limits import (
     ITEM_COST_BYTES,
@@ -139,12 +139,11 @@ class Packer:
                 break  # the rest of a chunk comes with another message
         if not items:
             return None if waits else Step(None, 0, STEP_BYTES - self._budget_bytes)
-        sent_bytes = sum(item.bytes for item in items)
-        self._counters.bytes_served += sent_bytes
+        self._counters.bytes_served += sum(item.bytes for item in items)
         parts = payload.close()
         touched_bytes = STEP_BYTES - self._budget_bytes + payload.copied_bytes
         header = encode(Bulk(MESH_PROTOCOL_VERSION, self._id, items))
-        return Step([header, *parts], sent_bytes + ITEM_COST_BYTES * len(items), touched_bytes)
+        return Step([header, *parts], cost(items), touched_bytes)
 
     # --- one item ----------------------------------------------------------------------------------------------------
     def _next(self, room_bytes: int, payload: _Payload) -> Item | None:

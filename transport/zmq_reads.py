@@ -33,7 +33,7 @@ from .frames import (
     cost,
     encode,
     encode_read,
-    header_to_reader,
+    to_reader,
 )
 from .interface import Landing, Outcome, Want
 from .limits import KIB, MESH_PROTOCOL_VERSION, MIB, PIECE_BYTES
@@ -220,7 +220,7 @@ class Reads:
             return
         link.coming = None
         try:
-            message = header_to_reader(event.data)
+            message = to_reader(event.data)
             if event.more and not isinstance(message, Bulk):
                 raise FrameError(f"a payload for a {type(message).__name__}")
         except ForeignVersionError:

@@ -69,10 +69,7 @@ class World:
         self.plan = ReadPlan(
             chunks,
             size,
-            [
-                Holder(f"h{i}", everything if h.spans is None else h.spans, h.told, h.rtt_s)
-                for i, h in enumerate(holders)
-            ],
+            [Holder(everything if h.spans is None else h.spans, h.told, h.rtt_s) for h in holders],
             deadline,
         )
         self.starts: list[tuple[float, Start]] = []

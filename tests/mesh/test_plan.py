@@ -42,18 +42,17 @@ def test_one_holder_gets_everything_in_one_read() -> None:
 
 
 def test_a_landing_is_committed_and_the_last_one_ends_the_plan() -> None:
-    plan = ReadPlan(2, MIB, [Holder("a", (range(2),), None, 0.0)], 5.0)
+    plan = ReadPlan(2, MIB, [Holder((range(2),), None, 0.0)], 5.0)
     assert plan.handle(Begin(), 0.0) == [Start(0, 0, (0, 1)), Wake(5.0)]
     assert plan.handle(Landed(0, 1), 0.1) == [Commit(0, 1)]
     assert plan.handle(Landed(0, 1), 0.1) == [], "twice"
     assert plan.handle(Landed(7, 0), 0.1) == [], "a read that is not known"
     assert plan.handle(Landed(0, 0), 0.2) == [Commit(0, 0), Finish()]
     assert plan.handle(Tick(), 9.0) == []
-    assert plan.finished
 
 
 def test_what_is_in_the_store_already_is_done_without_a_commit() -> None:
-    plan = ReadPlan(2, MIB, [Holder("a", (range(2),), None, 0.0)], 5.0)
+    plan = ReadPlan(2, MIB, [Holder((range(2),), None, 0.0)], 5.0)
     plan.handle(Begin(), 0.0)
     assert plan.handle(Held(0, 0), 0.0) == [Wake(5.0)]
     assert plan.handle(Held(0, 0), 0.0) == [Wake(5.0)]
@@ -226,13 +225,13 @@ def test_nobody_is_asked_for_what_is_surely_too_late() -> None:
 
 
 def test_a_deadline_that_is_over_asks_nobody() -> None:
-    plan = ReadPlan(2, MIB, [Holder("a", (range(2),), None, 0.0)], 5.0)
+    plan = ReadPlan(2, MIB, [Holder((range(2),), None, 0.0)], 5.0)
     actions = plan.handle(Begin(), 5.0)
     assert actions[-2:] == [Lose((0, 1), Fate.DEADLINE), Finish()]
 
 
 def test_a_read_that_the_transport_ends_at_the_deadline_is_no_dead_holder() -> None:
-    plan = ReadPlan(2, MIB, [Holder("a", (range(2),), None, 0.0)] * 2, 5.0)
+    plan = ReadPlan(2, MIB, [Holder((range(2),), None, 0.0)] * 2, 5.0)
     plan.handle(Begin(), 0.0)
     actions = plan.handle(Ended(0), 5.0)
     assert Lose((0, 1), Fate.DEADLINE) in actions
@@ -240,14 +239,14 @@ def test_a_read_that_the_transport_ends_at_the_deadline_is_no_dead_holder() -> N
 
 
 def test_without_room_the_front_that_fits_is_read() -> None:
-    plan = ReadPlan(5, MIB, [Holder("a", (range(5),), None, 0.0)], 5.0)
+    plan = ReadPlan(5, MIB, [Holder((range(5),), None, 0.0)], 5.0)
     plan.handle(Begin(), 0.0)
     assert plan.handle(NoRoom(0, (3, 4)), 0.0) == [Lose((3, 4), Fate.FULL), Wake(5.0)]
     assert [a for c in range(3) for a in plan.handle(Landed(0, c), 0.1)][-1] == Finish()
 
 
 def test_without_any_room_the_plan_is_over() -> None:
-    plan = ReadPlan(2, MIB, [Holder("a", (range(2),), None, 0.0)], 5.0)
+    plan = ReadPlan(2, MIB, [Holder((range(2),), None, 0.0)], 5.0)
     plan.handle(Begin(), 0.0)
     assert plan.handle(NoRoom(0, (0, 1)), 0.0) == [Lose((0, 1), Fate.FULL), Finish()]
 

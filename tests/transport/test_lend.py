@@ -20,6 +20,7 @@ from kvmesh.transport.limits import (
     ITEMS_PER_MESSAGE_MAX,
     KIB,
     MIB,
+    PARTS_PER_MESSAGE_MAX,
     READ_WINDOW_BYTES_MIN,
     READS_PER_PEER_MAX,
 )
@@ -41,8 +42,10 @@ class Wire:
     def send(self, reader: bytes, parts: Sequence[Buffer]) -> None:
         if self.fails:
             raise zmq.Again if self.fails == zmq.EAGAIN else zmq.ZMQError(self.fails)
-        message = to_reader(parts)
+        message = to_reader(parts[0])
         assert isinstance(message, Bulk)
+        assert len(parts) <= 1 + PARTS_PER_MESSAGE_MAX
+        assert sum(map(len, parts[1:])) == sum(item.bytes for item in message.items)
         self.sent.append((reader, message))
         self.kept.append(parts)
 

@@ -270,7 +270,7 @@ def test_a_move_from_a_peer_that_hangs_ends_with_the_reading_process() -> None:
 
 async def offered(node: Side) -> bytes:
     """The offer of a serving process that answers, now. UCX may end the one whose reader went away."""
-    async with side() as other:
+    async with side() as other, asyncio.timeout(LONG_S):
         while True:
             with contextlib.suppress(UnreachableError, ProtocolError):
                 await (await other.end.mover(node.end.offer(), ADDRESS, b"r")).close()

@@ -23,7 +23,7 @@ from kvmesh.transport.limits import (
     LINKS_PER_READ_MAX,
     MIB,
 )
-from kvmesh.transport.onesided import runs
+from kvmesh.transport.slices import runs
 from tests.support.waiting import wait_until_async
 from tests.transport.ends import LONG_S, Chunks, collect, key, outcomes, pattern, wants
 from tests.transport.movers import ADDRESS, FakeMove, Stage
