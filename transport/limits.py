@@ -68,6 +68,8 @@ RENEWALS_PER_MESSAGE_MAX: Final = 65_536
 """Gets whose leases one message renews."""
 GRANTS_PER_CLIENT_MAX: Final = 4096
 """Gets of one connection whose chunks are not all released."""
+INSPECTION_REST: Final = 9.0
+"""After each inspection of a suspected chunk the next one waits so many times as long: a tenth of one core at most."""
 SUSPECTS_MAX: Final = 64
 """Chunks that wait to be verified because somebody suspects them."""
 OWNED_CHUNKS_MAX: Final = 1_000_000

@@ -100,3 +100,18 @@ def test_who_does_not_verify_sees_what_is_there(agents: LocalAgents) -> None:
     flip(agents, a, 0, bit=0)
     with mesh.get(SPACE, CHAIN, verify=False) as hit:
         assert not torch.equal(hit[0], torch.zeros(2, 2, 2, 16, 16))
+
+
+def test_after_an_inspection_there_is_a_rest_and_closing_does_not_wait_for_it(
+    agents: LocalAgents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = agents.start("a")
+    put(agents.mesh("a"))
+    monkeypatch.setattr("kvmesh.inspection.INSPECTION_REST", 1e9)
+    agents.do(lambda: [a.inspector.suspect(key) for key in CHAIN])
+    agents.wait_for(lambda: a.inspector.counts["sound"] == 1)
+    agents.do(lambda: None)
+    assert a.inspector.counts["sound"] == 1, "the second one waits"
+    agents.run(a.inspector.close())
+    assert a.inspector._task is None
+    assert a.inspector.counts["sound"] == 1

@@ -440,7 +440,9 @@ def test_closing_in_mid_read_leaves_nothing(closing: str) -> None:
             await settled(reader, holder)
             wanted = wants(range(24), MIB)
             reading = reader.read(holder.address, wanted, deadline_s=1000)
-            first = await reading.__anext__()  # of the first few: several batches are on their way (interface.py, rule 1)
+            first = (
+                await reading.__anext__()
+            )  # of the first few: several batches are on their way (interface.py, rule 1)
             assert first.outcome is Outcome.LANDED
             assert wanted[first.index].into == source.held[key(first.index)]
             await {"holder": holder, "reader": reader}[closing].close()
