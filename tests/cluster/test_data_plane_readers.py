@@ -64,10 +64,12 @@ def test_a_reader_that_never_reads_costs_others_nothing_and_is_dropped(plane: Pl
         wait_until(lambda: a.proxy.down.bytes - before > 4 * MIB, D, "the reader has begun")
         a.proxy.pause(first=others, new=False)  # from here on its connections take nothing
         a.proxy.down.bytes_per_s = None
+        leased = a.stats("store")["leases"]  # now: on a busy machine its deadline may be over after what follows
+        assert 0 < leased < count, f"{leased} chunks are kept for the one who reads nothing"
         together = [c.get(SPACE, chain, D) for chain in chains[10:]]
         assert [got.count for got in together] == [4] * 10
         leased = a.stats("store")["leases"]
-        assert 0 < leased < count, f"{leased} chunks are kept for the one who reads nothing"
+        assert leased < count, f"{leased} chunks are kept for the one who reads nothing"
         assert getting.result().count < count
     # Its own deadline, and what a holder gives beyond it: then its leases are back, and nobody has told the holder.
     wait_until(lambda: a.stats("store")["leases"] == 0, 2 * D + LATE_S, "the reader was dropped")
