@@ -37,6 +37,7 @@ from kvmesh.transport.limits import (
     AGENT_PROTOCOL_VERSION,
     CHAIN_CHUNKS_MAX,
     KEY_BYTES,
+    RENEWALS_PER_MESSAGE_MAX,
 )
 
 LENGTH = struct.Struct("<I")
@@ -113,7 +114,7 @@ class Release(Message, frozen=True, tag="release"):
 class Renew(Message, frozen=True, tag="renew"):
     """Let the leases of gets last on: (session, get) each; answered by `Renewed`."""
 
-    gets: list[tuple[int, int]]
+    gets: Annotated[list[tuple[int, int]], msgspec.Meta(max_length=RENEWALS_PER_MESSAGE_MAX)]
 
 
 class Suspect(Message, frozen=True, tag="suspect"):

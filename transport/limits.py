@@ -25,7 +25,6 @@ CHUNK_BYTES_MAX: Final = 1 * GIB
 """One chunk: 256 tokens of a 405B model in float32 are below it."""
 CHAIN_CHUNKS_MAX: Final = 16_384
 """Keys of one request: 4 Mi tokens at 256 tokens a chunk."""
-TOKENS_MAX: Final = CHAIN_CHUNKS_MAX * 4096
 TENSORS_PER_CHUNK_MAX: Final = 1024
 NAMESPACE_BYTES_MAX: Final = 64 * KIB
 """A namespace in its canonical form."""

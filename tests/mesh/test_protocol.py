@@ -11,7 +11,12 @@ from kvmesh import protocol as p
 from kvmesh import spaces
 from kvmesh.keys import Namespace, TensorSpec
 from kvmesh.transport.errors import CallerError, ChunkTooLargeError, KVMeshError, NamespaceError, ProtocolError
-from kvmesh.transport.limits import AGENT_FRAME_BYTES_MAX, AGENT_PROTOCOL_VERSION, CHAIN_CHUNKS_MAX
+from kvmesh.transport.limits import (
+    AGENT_FRAME_BYTES_MAX,
+    AGENT_PROTOCOL_VERSION,
+    CHAIN_CHUNKS_MAX,
+    RENEWALS_PER_MESSAGE_MAX,
+)
 
 REQUESTS: list[p.Message] = [
     p.Hello(0, 1, 42),
@@ -150,3 +155,9 @@ def test_a_namespace_crosses_as_json() -> None:
 def test_a_wrong_namespace_is_refused_by_the_fields_name(document: bytes, named: str) -> None:
     with pytest.raises(NamespaceError, match=named):
         spaces.decode(document)
+
+
+def test_one_message_renews_no_more_than_it_may() -> None:
+    (body,) = p.FrameReader().feed(p.frame(p.Renew(1, [(0, 0)] * (RENEWALS_PER_MESSAGE_MAX + 1))))
+    with pytest.raises(ProtocolError):
+        p.decode_request(body)
