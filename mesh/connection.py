@@ -7,7 +7,6 @@ that the garbage collector runs in the middle of a send: they go through a queue
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import select
@@ -21,7 +20,9 @@ from kvmesh.arena import Arena
 from kvmesh.transport.errors import AgentUnavailableError, KVMeshError, ProtocolError, VersionMismatchError
 from kvmesh.transport.limits import AGENT_PROTOCOL_VERSION, CLIENT_REPLY_GRACE_S
 
-_RECEIVE_BYTES = 256 * 1024
+# Room for the answer to a get of thousands of chunks. Not more: the C library maps room for one answer anew, and gives
+# it back, from 128 KiB on (17 µs each time).
+_RECEIVE_BYTES = 32 * 1024
 _WAIT_S_MAX = 3600.0  # poll takes no more than 24 days, and a deadline may be any number
 
 
@@ -47,6 +48,8 @@ class Connection:
         self._torn = False  # a frame was sent in part: nothing can follow it
         self._holds = 0  # hits and puts whose leases and reservations hang on this connection
         self._socket = _connect(path, timeout_s)
+        self._readable = select.poll()  # of whoever waits for an answer: one thread at a time
+        self._readable.register(self._socket, select.POLLIN)
         try:
             self.welcome, self.arena_fd = self._greet(timeout_s)
         except BaseException:
@@ -68,7 +71,8 @@ class Connection:
         data = protocol.frame(message)
         with self._sending:
             self._write(data)
-        self._flush()
+        if not self._notes.empty():
+            self._flush()
 
     def note(self, message: protocol.Message) -> None:
         """Send a frame that has no answer, now or with the next one. Waits for no lock and never raises: for
@@ -82,13 +86,14 @@ class Connection:
         """The next answer."""
         limit = time.monotonic() + timeout_s
         while not self._frames:
-            left = limit - time.monotonic()
-            if left <= 0:
-                raise self._lost(f"did not answer within {timeout_s:.1f} s")
-            _wait(self._socket, select.POLLIN, left)
             try:
+                # Without waiting at first: an agent on this very core has answered while the request was sent.
                 data = self._socket.recv(_RECEIVE_BYTES)
             except BlockingIOError:
+                left = limit - time.monotonic()
+                if left <= 0:
+                    raise self._lost(f"did not answer within {timeout_s:.1f} s") from None
+                _poll(self._readable, left)
                 continue
             except OSError as error:
                 raise self._lost(f"went away ({error.strerror})") from None
@@ -160,25 +165,27 @@ class Connection:
     def _write(self, data: bytes) -> None:
         if self._torn:
             raise self._lost("does not read what this client sends")
-        left = memoryview(data)
-        try:
-            while left:
-                try:
-                    left = left[self._socket.send(left) :]
-                except BlockingIOError:
-                    if not _wait(self._socket, select.POLLOUT, CLIENT_REPLY_GRACE_S):
-                        raise self._lost("does not read what this client sends") from None
-                except OSError as error:
-                    raise self._lost(f"went away ({error.strerror})") from None
-        finally:
-            self._torn = len(left) > 0
+        self._torn = True  # until all of it is sent, whatever happens meanwhile
+        left: bytes | memoryview = data
+        while left:
+            try:
+                sent = self._socket.send(left)
+            except BlockingIOError:
+                if not _wait(self._socket, select.POLLOUT, CLIENT_REPLY_GRACE_S):
+                    raise self._lost("does not read what this client sends") from None
+            except OSError as error:
+                raise self._lost(f"went away ({error.strerror})") from None
+            else:
+                left = memoryview(left)[sent:]
+        self._torn = False
 
     def _flush(self) -> None:
         """Send the waiting notes, unless somebody is sending: who then does so when done."""
         while not self._notes.empty() and self._sending.acquire(blocking=False):
             try:
-                with contextlib.suppress(queue.Empty, AgentUnavailableError):
-                    self._write(self._notes.get_nowait())
+                self._write(self._notes.get_nowait())
+            except (queue.Empty, AgentUnavailableError):
+                pass
             finally:
                 self._sending.release()
 
@@ -215,6 +222,10 @@ def _wait(sock: socket.socket, events: int, timeout_s: float) -> bool:
         return True
     poll = select.poll()
     poll.register(sock, events)
+    return _poll(poll, timeout_s)
+
+
+def _poll(poll: select.poll, timeout_s: float) -> bool:
     return bool(poll.poll(min(max(0.0, timeout_s), _WAIT_S_MAX) * 1000))
 
 

@@ -78,7 +78,8 @@ class Flight:
         self.done: asyncio.Future[Fate] = asyncio.get_running_loop().create_future()
         self.waiters: list[Owner] = []
         self.kept = False
-        """It goes on when nobody waits for it: somebody has asked for it ahead of time."""
+        """It goes on when nobody waits for it: somebody has asked for it ahead of time. The fetch itself has a lease of
+        what landed until it is over, so that the chain's end does not evict its front."""
         self.fetch: Fetch | None = None
 
 
@@ -152,6 +153,7 @@ class Fetcher:
             for flight in flights:
                 flight.fetch = fetch
             self._fetches.add(fetch)
+            self.store.add_owner(fetch)
             fetch.begin()
         return joined
 
@@ -207,10 +209,11 @@ class Fetcher:
     def land(self, flight: Flight, chunk: Chunk | None) -> None:
         """The chunk of the flight is in the store."""
         flight.chunk = chunk
-        if flight.waiters:
-            now = self.clock()
-            for waiter in flight.waiters:
-                self.store.lease(waiter, flight.key, now)
+        now = self.clock()
+        for waiter in flight.waiters:
+            self.store.lease(waiter, flight.key, now)
+        if flight.kept:
+            self.store.lease(flight.fetch, flight.key, now)
         self.end(flight, Fate.LANDED)
 
     def end(self, flight: Flight, fate: Fate) -> None:
@@ -222,6 +225,7 @@ class Fetcher:
     def over(self, fetch: Fetch) -> None:
         """A fetch has no flight left."""
         self._fetches.discard(fetch)
+        self.store.drop_owner(fetch)
 
     def opened(self, read: Read) -> None:
         """A read is under way."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final
 
 from kvmesh.plan import ReadPlan
 from kvmesh.rates import Path
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+NONE: Final[Mapping[int, int]] = {}
+
 
 class Fetch:
     """The flights of one chain: does what their plan says."""
@@ -69,8 +71,8 @@ class Fetch:
         """Start."""
         self.handle(Begin())
 
-    def handle(self, event: Event, checksum: int = 0) -> None:
-        """Tell the plan, and do what it says. `checksum`: of what has just landed."""
+    def handle(self, event: Event, checksums: Mapping[int, int] = NONE) -> None:
+        """Tell the plan, and do what it says. `checksums`: of what has just landed, by place."""
         if self._busy:
             self._found.append(event)  # by an action: it is told when the actions before it are done
             return
@@ -78,10 +80,10 @@ class Fetch:
         clock = self.fetcher.clock
         try:
             for action in self.plan.handle(event, clock()):
-                self._do(action, checksum)
+                self._do(action, checksums)
             while self._found:
                 for action in self.plan.handle(self._found.popleft(), clock()):
-                    self._do(action, 0)
+                    self._do(action, NONE)
         except Exception:
             # Whoever waits gets a miss at once, and what is under way is closed: nothing of a fetch may be left over.
             log.exception("a fetch failed by an error of our own")
@@ -111,13 +113,10 @@ class Fetch:
         if pending and not any(flight.waiters or flight.kept for flight in pending):
             self.stop()
 
-    def _do(self, action: Action, checksum: int) -> None:
+    def _do(self, action: Action, checksums: Mapping[int, int]) -> None:
         match action:
             case Commit():
-                flight = self.flights[action.chunk]
-                store = self.fetcher.store
-                chunk = store.commit(self._reads[action.read], flight.key, checksum, private=self.ask.part is not None)
-                self.fetcher.land(flight, chunk or store.get(flight.key))
+                self._commit(action, checksums)
             case Start():
                 self._start(action)
             case Cancel():
@@ -131,6 +130,14 @@ class Fetch:
                 self._wake(action.at)
             case Finish():
                 self._finish()
+
+    def _commit(self, action: Commit, checksums: Mapping[int, int]) -> None:
+        read, store, land = self._reads[action.read], self.fetcher.store, self.fetcher.land
+        private = self.ask.part is not None
+        for place in action.chunks:
+            flight = self.flights[place]
+            chunk = store.commit(read, flight.key, checksums[place], private=private)
+            land(flight, chunk or store.get(flight.key))
 
     def _start(self, action: Start) -> None:
         fetcher, size_bytes = self.fetcher, self.size_bytes
@@ -235,10 +242,10 @@ class Read:
             while not self.over:
                 self._waits = True
                 try:
-                    landing = await self._reading.__anext__()
+                    landings = await self._reading.__anext__()
                 finally:
                     self._waits = False
-                self._landed(landing)
+                self._landed(landings)
         except (StopAsyncIteration, asyncio.CancelledError):
             pass  # it has nothing more, or it was dropped
         except Exception:
@@ -252,21 +259,29 @@ class Read:
         finally:
             self._fetcher.closed(self)
 
-    def _landed(self, landing: Landing) -> None:
+    def _landed(self, landings: Sequence[Landing]) -> None:
+        """What came with a good checksum is told of together: most often that is all."""
+        fetcher, fetch, places = self._fetcher, self._fetch, self.places
+        good = {places[landing.index]: landing.checksum for landing in landings if landing.outcome is Outcome.LANDED}
+        if good:
+            self._owed -= len(good)
+            fetcher.counts["landed"] += len(good)
+            fetcher.counts["bytes"] += len(good) * fetch.size_bytes
+            fetcher.rates.answered(self._path, len(good) * fetch.size_bytes, fetcher.clock())
+            fetch.handle(Landed(self._number, list(good)), good)
+        if len(good) < len(landings):
+            for landing in landings:
+                if landing.outcome is not Outcome.LANDED:
+                    self._failed(landing)
+
+    def _failed(self, landing: Landing) -> None:
         fetcher, fetch = self._fetcher, self._fetch
         place = self.places[landing.index]
         self._owed -= 1
-        now = fetcher.clock()
-        if landing.outcome is Outcome.LANDED:
-            fetcher.counts["landed"] += 1
-            fetcher.counts["bytes"] += fetch.size_bytes
-            fetcher.rates.answered(self._path, fetch.size_bytes, now)
-            fetch.handle(Landed(self._number, place), landing.checksum)
-            return
         fetcher.counts[landing.outcome.value] += 1
         # Bytes that came wrong took the time of bytes; a copy that the holder found wrong itself has no checksum.
         moved = landing.outcome is Outcome.CORRUPT and landing.checksum
-        fetcher.rates.answered(self._path, fetch.size_bytes if moved else 0, now)
+        fetcher.rates.answered(self._path, fetch.size_bytes if moved else 0, fetcher.clock())
         if landing.outcome is Outcome.NOT_HELD:
             fetcher.holders.forget(self._peer.name, fetch.keys[place])
         else:

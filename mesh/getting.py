@@ -101,11 +101,11 @@ class Getting:
                     if flight is None:
                         fate = Fate.MISS
                         break
-                if unsent and await self._is_late(flight, reported_s + PROGRESS_GATHER_S):
+                if not flight.done.done() and unsent and await self._is_late(flight, reported_s + PROGRESS_GATHER_S):
                     self.send(report(self.id, unsent, self.ask.part, final=False))
                     unsent = []
                     reported_s = time.monotonic()
-                fate = await self._landing(flight)
+                fate = flight.done.result() if flight.done.done() else await self._landing(flight)
                 others = fate is Fate.DEADLINE or (fate is Fate.PRICE and not priced)
                 if others and time.monotonic() < self.ask.deadline:
                     # It was somebody else's deadline, or price. The whole rest of that fetch ended with it: all of it

@@ -8,13 +8,14 @@ question.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
@@ -33,6 +34,8 @@ Role = Literal["agent", "controller"]
 OpenTransport = Callable[[str, int, ChunkSource | None, CallHandler], Awaitable[Transport]]
 """What opens a transport at (host, port): `kvmesh.transport.open_zmq`, or a network in memory."""
 Ready = Callable[[dict[str, Any]], None]
+GC_THRESHOLDS: Final = (50_000, 20, 20)
+"""How many new objects there must be until the collector looks at the young ones, and so on: see `gc.set_threshold`."""
 
 
 class Node:
@@ -157,4 +160,8 @@ def live(main: Callable[[asyncio.Event], Awaitable[None]]) -> None:
             loop.add_signal_handler(number, stopping.set)
         await main(stopping)
 
+    # A node makes short-lived objects by the hundred thousand, hardly ever in cycles, and keeps as many for long. With
+    # the defaults the collector took a fifth of the time of a fetch of small chunks.
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
     asyncio.run(run())

@@ -142,26 +142,43 @@ class ReadPlan:
     # --- landings: the common case, cheap ----------------------------------------------------------------------------
     def _landed(self, event: Landed, now: float, actions: list[Action]) -> None:
         read = self._reads.get(event.read)
-        chunk = event.chunk
-        if read is None or chunk not in read.left:
+        if read is None:
             return
-        source = read.source
-        self._settle(read, chunk, now, landed=True)
-        if self._states[chunk] == _ASKED:
-            self._done(chunk)
-            actions.append(Commit(read.id, chunk))
-            if self._askers[chunk]:
-                self._drop_useless(chunk, now, actions)
+        source, left, states, askers = read.source, read.left, self._states, self._askers
+        settled = len(left)
+        came: list[int] = []
+        raced: list[int] = []
+        for chunk in event.chunks:
+            if chunk not in left:
+                continue
+            del left[chunk]
+            askers[chunk] -= 1
+            if states[chunk] == _ASKED:
+                states[chunk] = _DONE
+                came.append(chunk)
+                if askers[chunk]:
+                    raced.append(chunk)
+        settled -= len(left)
+        if not settled:
+            return
+        source.settle(now, settled, landed=True)
+        if not left:
+            self._close(read)
+        if came:
+            self._open -= len(came)
+            actions.append(Commit(read.id, came))
+        for chunk in raced:
+            self._drop_useless(chunk, now, actions)
         if self._waiting and source.out <= source.low:
             self._fill(now, actions)
         if now >= self._near_end:
             self._tick(now, actions)
 
-    def _settle(self, read: _Read, chunk: int, now: float, *, landed: bool = False) -> None:
-        """The read owes the chunk no more."""
+    def _settle(self, read: _Read, chunk: int, now: float) -> None:
+        """The read owes the chunk no more, which it did not bring."""
         del read.left[chunk]
         self._askers[chunk] -= 1
-        read.source.settle(now, landed=landed)
+        read.source.settle(now)
         if not read.left:
             self._close(read)
 
@@ -288,7 +305,7 @@ class ReadPlan:
         for source, share in shares:
             self._start(source, share, now, actions)
         for source in live:
-            rate = source.rate(now)
+            rate = source.rate(now) if len(live) > 1 else None
             if rate is not None:
                 source.low = int(rate * (source.rtt_s + PLAN_SHARE_S_MIN) / self._chunk_bytes)
             # Half of what is out: a source that got no more than this is not asked about at every landing.

@@ -248,6 +248,10 @@ class FrameReader:
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """The bodies that are whole once `data` has arrived."""
+        if not self._buffer and len(data) >= LENGTH.size and LENGTH.unpack_from(data)[0] == len(data) - LENGTH.size:
+            if len(data) <= LENGTH.size + AGENT_FRAME_BYTES_MAX:
+                yield data[LENGTH.size :]  # one whole frame, as nearly always: nothing to keep
+                return
         self._buffer += data
         while len(self._buffer) >= LENGTH.size:
             (length,) = LENGTH.unpack_from(self._buffer)
@@ -315,7 +319,7 @@ def pack_keys(keys: Sequence[bytes]) -> bytes:
         blob = b"".join(keys)
     except TypeError:
         blob, keys = b"x", ()  # no bytes: refused below
-    if len(blob) != KEY_BYTES * len(keys) or any(len(key) != KEY_BYTES for key in keys):
+    if len(blob) != KEY_BYTES * len(keys) or any(map(KEY_BYTES.__ne__, map(len, keys))):
         raise CallerError(f"a key has {KEY_BYTES} bytes: pass what Namespace.chain returned")
     return blob
 
@@ -336,4 +340,4 @@ def unpack_checksums(blob: bytes, count: int) -> list[int]:
     """The `count` checksums of one blob. Raises `ProtocolError`."""
     if len(blob) != 8 * count:
         raise ProtocolError(f"{len(blob)} bytes are not {count} checksums of 8 bytes")
-    return [value for (value,) in struct.iter_unpack("<Q", blob)]
+    return list(struct.unpack(f"<{count}Q", blob))

@@ -25,6 +25,7 @@ from kvmesh.transport.limits import (
     PLAN_PRIOR_S_MIN,
     PLAN_RATE_ASSUMED_BYTES_PER_S,
     PLAN_READS_PER_HOLDER_MAX,
+    PLAN_SHARE_CHUNKS_MAX,
     PLAN_SHARE_S_MIN,
 )
 
@@ -76,7 +77,7 @@ class Source:
         """It owes so many chunks less."""
         self.out -= chunks
         if landed:
-            self.landed += 1
+            self.landed += chunks
             self.heard = now
         if not self.out:
             self.busy_s += max(0.0, now - self.busy_since)
@@ -115,7 +116,11 @@ def divide(
     """
     if len(sources) == 1:
         source = sources[0]
-        return ([(source, waiting)], []) if source.reads < PLAN_READS_PER_HOLDER_MAX else ([], waiting)
+        if source.reads >= PLAN_READS_PER_HOLDER_MAX or source.out > source.low:
+            return [], waiting
+        # The first one is short: while it is on its way the next is made ready, which takes time for many small chunks.
+        share = PLAN_SHARE_CHUNKS_MAX if source.asked else PLAN_SHARE_CHUNKS_MAX // 4
+        return [(source, waiting[:share])], waiting[share:]
     dealer = _Dealer(len(waiting), sources, now, left_s, urgent=urgent)
     whole = dealer.whole(waiting, masks)
     if whole is not None:

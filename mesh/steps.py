@@ -7,6 +7,7 @@ in `kvmesh.plan`.
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -41,10 +42,10 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Landed:
-    """A read brought a chunk."""
+    """A read brought chunks."""
 
     read: int
-    chunk: int
+    chunks: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +100,10 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """What the read brought as this chunk is the one that counts."""
+    """What the read brought as these chunks is what counts."""
 
     read: int
-    chunk: int
+    chunks: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,6 @@ import logging
 import os
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 from .counters import Counters, total
 from .errors import PeerError, SettingsError, UnreachableError
@@ -202,10 +201,10 @@ class MeshReading:
         self._stream = LandingStream(len(wants), deadline_s, self._stop)
         self.task = asyncio.create_task(self._run())
 
-    def __aiter__(self) -> AsyncIterator[Landing]:
+    def __aiter__(self) -> AsyncIterator[list[Landing]]:
         return self
 
-    async def __anext__(self) -> Landing:
+    async def __anext__(self) -> list[Landing]:
         """As `Reading.__anext__`."""
         return await self._stream.next()
 
@@ -259,8 +258,8 @@ class MeshReading:
         indices, wants = list(self._left), list(self._left.values())
         reading = zmq.read(self._address, wants, deadline_s=self._ends_s - self._loop.time())
         try:
-            async for landing in reading:
-                self._land([replace(landing, index=indices[landing.index])])
+            async for landings in reading:
+                self._land([Landing(indices[landing.index], landing.outcome, landing.checksum) for landing in landings])
         finally:
             await to_the_end(reading.close())
 

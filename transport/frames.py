@@ -14,7 +14,6 @@ The payload is not parsed by msgpack:
 | `Answer` | reader | the answer | |
 | `Refusal` | reader | none | the call failed, or the read has ended; `text` says why |
 | `Bulk` | reader | the items' bytes, one after the other | for each item: a piece of a chunk, or why there is none |
-| `Alive` | reader | none | nothing: the holder asks its socket whether the reader is still there |
 
 The payload of a `Read` has 40 bytes for each wanted chunk: its key, and the size that the whole chunk must have. When
 only parts of some are wanted, a table follows, of the slices that differ (32 bytes each; `Read.slices` says how many),
@@ -160,13 +159,9 @@ class Bulk(Message, frozen=True, array_like=True, forbid_unknown_fields=True, ta
     items: Annotated[list[Item], msgspec.Meta(min_length=1, max_length=ITEMS_PER_MESSAGE_MAX)]
 
 
-class Alive(Message, frozen=True, array_like=True, forbid_unknown_fields=True, tag=8):
-    """Nothing to say."""
-
-
 ToHolder: TypeAlias = Call | Read | Grant | Cancel | Suspect
-ToCaller: TypeAlias = Answer | Refusal | Alive
-ToReader: TypeAlias = Bulk | Refusal | Alive
+ToCaller: TypeAlias = Answer | Refusal
+ToReader: TypeAlias = Bulk | Refusal
 Buffer: TypeAlias = bytes | memoryview
 
 

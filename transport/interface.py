@@ -25,6 +25,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 
 @dataclass(frozen=True, slots=True)
 class Region:
@@ -113,8 +115,7 @@ class Slice:
         return self.offset_bytes + self.stride_bytes * (self.count - 1) + self.run_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Want:
+class Want(msgspec.Struct, frozen=True):
     """One chunk to read, or a part of one. Wants of one chunk stand next to each other: it is verified once then."""
 
     key: bytes
@@ -131,8 +132,7 @@ class Want:
         return self.chunk_bytes if self.part is not None else self.into.nbytes
 
 
-@dataclass(frozen=True, slots=True)
-class Landing:
+class Landing(msgspec.Struct, frozen=True, gc=False):
     """The end of one wanted chunk: `index` counts in the list of wants."""
 
     index: int
@@ -142,12 +142,12 @@ class Landing:
 
 
 class Reading(Protocol):
-    """A read under way: an asynchronous iterator of landings, as they happen."""
+    """A read under way: an asynchronous iterator of landings, as they happen, all at once that have."""
 
-    def __aiter__(self) -> AsyncIterator[Landing]: ...
+    def __aiter__(self) -> AsyncIterator[list[Landing]]: ...
 
-    async def __anext__(self) -> Landing:
-        """The next landing. Ends at the last one, at the deadline, or when the peer is lost."""
+    async def __anext__(self) -> list[Landing]:
+        """The next landings, at least one. Ends at the last one, at the deadline, or when the peer is lost."""
 
     async def close(self) -> None:
         """Cancel what is still under way. When this returns, no buffer of the read will be written again."""

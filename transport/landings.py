@@ -8,7 +8,6 @@ loop.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from .errors import CallerError
@@ -53,7 +52,7 @@ class LandingStream:
     def __init__(self, count: int, deadline_s: float, on_end: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._left = count
-        self._landed: deque[Landing] = deque()
+        self._landed: list[Landing] = []
         self._waiter: asyncio.Future[None] | None = None
         self._on_end = on_end
         self._timer = self._loop.call_later(max(0.0, deadline_s), self.end)
@@ -83,11 +82,11 @@ class LandingStream:
 
     def discard(self) -> None:
         """End, and hand out nothing more."""
-        self._landed.clear()
+        self._landed = []
         self.end()
 
-    async def next(self) -> Landing:
-        """The next landing, or `StopAsyncIteration`."""
+    async def next(self) -> list[Landing]:
+        """All that has landed since the last call, at least one; or `StopAsyncIteration`."""
         while not self._landed:
             if self.ended:
                 raise StopAsyncIteration
@@ -97,7 +96,8 @@ class LandingStream:
                 await self._waiter
             finally:
                 self._waiter = None
-        return self._landed.popleft()
+        landed, self._landed = self._landed, []
+        return landed
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -117,9 +117,13 @@ well."""
 WANTS_SERVED_MAX: Final = 1 << 20
 """Chunks still to send in all the reads that one holder serves: 40 MiB of keys and sizes."""
 REFUSAL_CHARS_MAX: Final = 512
-IO_THREADS: Final = 2
-"""libzmq's threads of one transport. They carry all calls, and the bulk that is sent; bulk that comes has a thread of
+IO_THREADS: Final = 1
+"""libzmq's threads of one transport. They carry its own calls; what it serves, and all bulk, goes over sockets of
 ours."""
+CONNECTIONS_SERVED_MAX: Final = 16_384
+"""Connections that others have to one mesh port. Each costs a descriptor and some KiB; one beyond it is closed."""
+DIRECT_SEND_BYTES_MAX: Final = 256 * KIB
+"""So little is sent by the loop itself, at once, on a connection where nothing waits: waking a thread takes longer."""
 BULK_LINKS_PER_PEER_MAX: Final = 2
 """Connections for bulk to one peer. Reads at the same time spread over them, so that a small read does not wait behind
 all of a large one; for the rate of several reads it is the same (1 measured 0.9-1.0 of 2)."""
@@ -129,14 +133,15 @@ CONNECT_TIMEOUT_S: Final = 3.0
 HANDSHAKE_TIMEOUT_S: Final = 3.0
 HEARTBEAT_INTERVAL_S: Final = 2.0
 HEARTBEAT_TIMEOUT_S: Final = 6.0
-"""A connection whose other end is silent for so long is lost. For calls, and for a holder of bulk, libzmq's threads
-answer, however busy the process is; a reader of bulk answers by its bulk thread, which no work of the
-loop holds up for so long."""
+"""A connection whose other end is silent for so long is lost. A caller answers by libzmq's threads, a reader of bulk by
+its bulk thread and a holder by its loop: nothing holds any of them up for so long."""
 SEND_QUEUE_MESSAGES: Final = 1024
-"""Messages that wait to be sent on one connection. A message beyond it is refused, or waits for the reader's next
-credit."""
+"""Messages that wait to be sent on one control connection. A call beyond it is refused."""
+SEND_QUEUE_BUFFERS: Final = 4 * SEND_QUEUE_MESSAGES
+"""Buffers that wait to be sent on one connection that is served: two for most messages. An answer beyond it is dropped;
+bulk waits for the reader's next credit."""
 RECEIVE_QUEUE_MESSAGES: Final = 64
-"""Messages of one connection that were received and not looked at. Beyond it TCP holds the sender back."""
+"""Messages of one control connection that were received and not looked at. Beyond it TCP holds the sender back."""
 PARTS_PER_MESSAGE_MAX: Final = 64
 """Frames of one bulk message beside its header."""
 STAGE_BYTES: Final = 8 * KIB
@@ -414,6 +419,8 @@ PLAN_RATE_ASSUMED_BYTES_PER_S: Final = 125_000_000
 """Of a holder whose rate is not known, for comparing: 1 Gbit/s, the slowest link that carries a cluster."""
 PLAN_FIRST_SHARE_BYTES: Final = 4 * MIB
 """What a holder of unknown rate is asked for first, beside others: enough to tell, and soon done again elsewhere."""
+PLAN_SHARE_CHUNKS_MAX: Final = 512
+"""The most that a lone holder is asked for by one read. The next read is begun when half of that has landed."""
 PLAN_SHARE_S_MIN: Final = 0.002
 """The shortest share, in time: below it reads cost more than the balance that they bring."""
 PLAN_PRIOR_S_MIN: Final = 0.01

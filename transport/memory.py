@@ -241,10 +241,10 @@ class MemoryReading:
         self._stream = LandingStream(len(wants), deadline_s, self._stop)
         self.task = asyncio.create_task(self._run(list(wants)))
 
-    def __aiter__(self) -> AsyncIterator[Landing]:
+    def __aiter__(self) -> AsyncIterator[list[Landing]]:
         return self
 
-    async def __anext__(self) -> Landing:
+    async def __anext__(self) -> list[Landing]:
         """As `Reading.__anext__`."""
         return await self._stream.next()
 

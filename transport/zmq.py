@@ -24,6 +24,7 @@ from .limits import LOANS_RETURN_S
 from .malloc import keep_freed_pages
 from .zmq_bulk import BulkThread
 from .zmq_calls import Caller
+from .zmq_port import listen
 from .zmq_reads import BulkRead
 from .zmq_serve import Server
 from .zmq_sockets import Sockets
@@ -41,14 +42,10 @@ class ZmqTransport:
     """One node's end. Make it with `open_zmq`, on the loop that it is to run on."""
 
     def __init__(self, host: str, port: int, source: ChunkSource | None, handler: CallHandler) -> None:
+        listening, self._address = listen(host, port)
         sockets = Sockets()
-        try:
-            router, self._address = sockets.listen(host, port)
-        except BaseException:
-            sockets.close()
-            raise
         self._on_loop, self._in_thread = Counters(), Counters()
-        self._server = Server(router, source, handler, self._on_loop)
+        self._server = Server(listening, source, handler, self._on_loop)
         self._caller = Caller(sockets, self._on_loop)
         self._bulk = BulkThread(self._in_thread, sockets.close)  # it may block: not on the loop
         self._closing: asyncio.Task[None] | None = None
@@ -89,7 +86,7 @@ class ZmqTransport:
             async with asyncio.timeout(LOANS_RETURN_S):
                 await self._server.lender.loans.all_back()
         except TimeoutError:
-            log.exception("closed while chunks were still on loan to libzmq")
+            log.exception("closed while chunks were still on loan")
 
 
 class ZmqReading:
@@ -105,10 +102,10 @@ class ZmqReading:
         else:
             self._quiet.set()
 
-    def __aiter__(self) -> AsyncIterator[Landing]:
+    def __aiter__(self) -> AsyncIterator[list[Landing]]:
         return self
 
-    async def __anext__(self) -> Landing:
+    async def __anext__(self) -> list[Landing]:
         """As `Reading.__anext__`."""
         return await self._stream.next()
 

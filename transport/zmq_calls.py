@@ -15,7 +15,7 @@ import zmq
 
 from .counters import Counters
 from .errors import PeerError, ProtocolError, UnreachableError
-from .frames import Alive, Answer, Call, Cancel, ForeignVersionError, FrameError, Refusal, encode, to_caller
+from .frames import Answer, Call, Cancel, ForeignVersionError, FrameError, Refusal, encode, to_caller
 from .limits import CALLS_PER_PEER_MAX, LINK_IDLE_S, MESH_PROTOCOL_VERSION, MESSAGE_BYTES_MAX
 from .zmq_sockets import READY_TIMEOUT_S, Sockets, WatchedSocket
 
@@ -138,8 +138,6 @@ class Caller:
                     answer.set_result(payload)
             case Refusal():
                 self._fail(link, message.id, ProtocolError(f"{link.address} refused: {message.text}"))
-            case Alive():
-                pass
 
     def _fail(self, link: _Link, call_id: int, error: PeerError) -> None:
         answer = link.pending.pop(call_id, None)

@@ -4,15 +4,15 @@ Each served read has credit, a lease of time, and a `Packer` that turns what it 
 *turn* of a read is one step of its packer: mostly one message. Readers that have something to do share the node evenly
 by bytes, whatever each of them asks for and in however many reads: each gets `TURN_BYTES`, then the next; what it takes
 beyond that counts against its next turn. Verified bytes count like sent ones. A chunk is leased when its first piece is
-sent, and given back when libzmq is done with the last one (loans.py): credit therefore bounds what a reader keeps from
-eviction, and what waits in libzmq for it.
+sent, and given back when the last one has gone out (loans.py): credit therefore bounds what a reader keeps from
+eviction, and what waits here for it.
 
 Calls do not wait behind bulk: they have connections of their own, and after `PUMP_BYTES` at the latest the loop gets
 its turn.
 
 A read ends when all is sent, when the reader cancels it or is gone, when its lease of time is over, or when it has had
-work and no credit for too long. Knows nothing of sockets: `send` takes (reader, message), and raises `zmq.Again` for
-"not now" and `zmq.ZMQError` for "gone". Runs on the loop.
+work and no credit for too long. Knows nothing of sockets: `send` takes (reader, message), and raises `FullError` for
+"not now" and `GoneError` for "gone". Runs on the loop.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
-
-import zmq
 
 from .counters import Counters
 from .frames import Buffer, Read, Wanted
@@ -40,6 +38,7 @@ from .limits import (
 )
 from .loans import LoansOut
 from .zmq_pack import Packer
+from .zmq_port import FullError, GoneError
 
 log = logging.getLogger(__name__)
 
@@ -284,10 +283,10 @@ class Lender:
         read.unsent = None
         try:
             self._send(read.reader.name, message)
-        except zmq.Again:
+        except FullError:
             read.unsent = message
             return False
-        except zmq.ZMQError:
+        except GoneError:
             self.forget(read.reader.name)
             return False
         return True

@@ -61,6 +61,8 @@ class Link(Generic[R]):
     closed: bool = False
     watched: int = 0
     """What the socket is waited for."""
+    awaited_bytes: int = 1
+    """It is readable once so many bytes are there."""
     reads: dict[int, R] = field(default_factory=dict)
     coming: R | None = None
     """The read whose bytes come next. With None the bytes are nobody's."""
@@ -75,6 +77,12 @@ class Link(Generic[R]):
         if not count:
             raise ConnectionError("closed by the peer")
         return count
+
+    def await_bytes(self, count: int) -> None:
+        """Be readable only when so many bytes are there, or the connection has ended. They must be certain to come."""
+        if count != self.awaited_bytes and self.socket is not None:
+            self.awaited_bytes = count
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
 
     @property
     def due_s(self) -> float:
@@ -218,6 +226,7 @@ class Links(Generic[R]):
     def _tick(self, link: Link[R], now: float) -> bool:
         if not link.connected:
             return now - link.opened_s < CONNECT_TIMEOUT_S
+        link.await_bytes(1)  # on a slow path what is waited for may take longer than the silence that we bear
         try:
             link.connection.tick(now)
         except ZmtpError:

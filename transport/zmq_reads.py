@@ -169,6 +169,8 @@ class Reads:
                     count = link.receive([connection.room()])
                     connection.received(count)
                 if not count:
+                    # To be woken for each packet of a large body would cost more than to receive it.
+                    link.await_bytes((min(connection.left, PIECE_BYTES) if link.coming else 0) or 1)
                     self._links.flush(link)
                     return False
                 share -= count
@@ -230,7 +232,7 @@ class Reads:
             return
         active = link.reads.get(message.id)
         if active is None:
-            return  # `Alive`, or a late message of a read that has ended
+            return  # a late message of a read that has ended
         if isinstance(message, Bulk):
             self._announced(active, message, event.more)
         elif isinstance(message, Refusal):

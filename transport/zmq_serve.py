@@ -1,28 +1,22 @@
-"""The serving end over ZeroMQ: the ROUTER at the node's port, on which peers call and read.
+"""The serving end over ZeroMQ: what peers call and read at the node's port.
 
 It takes each message apart, counts and drops what is malformed, runs the handler of calls (a bounded number of
-tasks), and hands reads to the `Lender`. A reader or caller is known by its connection (the identity that the ROUTER
-gives it), so nobody can act on another's requests. A ROUTER does not say which connection went away, only that one
-did: then everyone who has something open here is sent an `Alive`, and the send itself fails for those who are gone.
-Runs on the loop.
+tasks), and hands reads to the `Lender`. A reader or caller is known by its connection, as the `Port` names it, so
+nobody can act on another's requests; when the connection is lost, all of them end. Runs on the loop.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections import Counter
-from collections.abc import Sequence
 from typing import Final
-
-import zmq
 
 from .counters import Counters
 from .errors import KVMeshError
 from .frames import (
-    Alive,
     Answer,
-    Buffer,
     Call,
     Cancel,
     ForeignVersionError,
@@ -46,20 +40,18 @@ from .limits import (
 )
 from .loans import suspect
 from .zmq_lend import Lender
-from .zmq_sockets import WatchedSocket
+from .zmq_port import FullError, GoneError, Port
 
 log = logging.getLogger(__name__)
 
 SWEEP_INTERVAL_S: Final = 1.0
-PROBE_DELAY_S: Final = 0.01
-"""From a lost connection to the look at who it was: libzmq tells of the loss a little before it acts on it."""
 
 
 class Server:
     """What this node does for its peers."""
 
     def __init__(
-        self, router: zmq.Socket[bytes], source: ChunkSource | None, handler: CallHandler, counters: Counters
+        self, listening: socket.socket, source: ChunkSource | None, handler: CallHandler, counters: Counters
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._source = source
@@ -68,31 +60,25 @@ class Server:
         self._calls: dict[tuple[bytes, int], asyncio.Task[None]] = {}
         self._per_caller: Counter[bytes] = Counter()
         self._suspects: Counter[bytes] = Counter()  # of each reader, since the last sweep
-        monitor = router.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._socket = WatchedSocket(router, monitor, self._receive, self._probe_soon)
-        self.lender = Lender(source, self._send_bulk, counters, self._refuse)
+        self._port = Port(listening, self._receive, self._forget, counters)
+        self.lender = Lender(source, self._port.send, counters, self._refuse)
         self._sweeper = self._loop.call_later(SWEEP_INTERVAL_S, self._sweep)
-        self._probe: asyncio.TimerHandle | None = None
-        self._lost_one = False
 
     async def close(self) -> None:
-        """Stop: calls are cancelled, reads end, and the port is free. Loans go back as libzmq lets go of them."""
+        """Stop: calls are cancelled, reads end, and the port is free. Loans go back as the last bytes are let go of."""
         self._sweeper.cancel()
-        if self._probe is not None:
-            self._probe.cancel()
         self.lender.close()
-        self._socket.close()  # before anything is waited for: nobody asks for more meanwhile
         tasks = list(self._calls.values())
+        await self._port.close()  # it hears no more from here on
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
 
     # --- messages --------------------------------------------------------------------------------------------------
-    def _receive(self, parts: list[bytes]) -> None:
-        peer, *rest = parts
+    def _receive(self, peer: bytes, parts: list[bytes]) -> None:
         try:
-            message, payload = to_holder(rest)
+            message, payload = to_holder(parts)
         except ForeignVersionError as error:
             self._counters.malformed += 1
             if error.tag in (Call.__struct_config__.tag, Read.__struct_config__.tag):
@@ -164,16 +150,13 @@ class Server:
         self.lender.end(peer, request_id)
 
     # --- sending ---------------------------------------------------------------------------------------------------
-    def _send_bulk(self, peer: bytes, parts: Sequence[Buffer]) -> None:
-        self._socket.send([peer, *parts], copy=False)
-
     def _send(self, peer: bytes, message: Message, *payload: bytes) -> None:
         try:
-            self._socket.send([peer, encode(message), *payload])
-        except zmq.Again:
+            self._port.send(peer, [encode(message), *payload])
+        except FullError:
             self._counters.refused += 1  # the peer does not read: its own timeout tells it
-        except zmq.ZMQError:
-            self._forget(peer)
+        except GoneError:
+            pass
 
     def _refuse(self, peer: bytes, request_id: int, text: str) -> None:
         self._send(peer, Refusal(MESH_PROTOCOL_VERSION, request_id, text[:REFUSAL_CHARS_MAX]))
@@ -185,22 +168,7 @@ class Server:
             if caller == peer:
                 self._calls[caller, call_id].cancel()
 
-    def _probe_soon(self, _: bool) -> None:
-        self._lost_one = True
-        if self._probe is None:
-            self._probe = self._loop.call_later(PROBE_DELAY_S, self._probe_all)
-
-    def _probe_all(self) -> None:
-        if self._probe is not None:
-            self._probe.cancel()
-            self._probe = None
-        for peer in {*self.lender.readers, *self._per_caller}:
-            self._send(peer, Alive(MESH_PROTOCOL_VERSION, 0))
-
     def _sweep(self) -> None:
         self._sweeper = self._loop.call_later(SWEEP_INTERVAL_S, self._sweep)
         self.lender.sweep()
         self._suspects.clear()
-        if self._lost_one:  # once more, in case that the first look came too early
-            self._lost_one = False
-            self._probe_all()

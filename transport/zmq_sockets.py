@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import re
 from collections.abc import Callable, Sequence
 from typing import Final, cast
@@ -24,7 +23,7 @@ from typing import Final, cast
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from .errors import SettingsError, UnreachableError
+from .errors import UnreachableError
 from .frames import Buffer
 from .limits import (
     CONNECT_TIMEOUT_S,
@@ -67,26 +66,6 @@ class Sockets:
     def __init__(self) -> None:
         self._context = zmq.Context(io_threads=IO_THREADS)
         self._context.set(zmq.MAX_SOCKETS, SOCKETS_PER_PEER * PEERS_MAX)
-
-    def listen(self, host: str, port: int) -> tuple[zmq.Socket[bytes], str]:
-        """The ROUTER that serves peers, and its address. Raises `SettingsError`."""
-        address = _loopback(host)
-        if not 0 <= port < 1 << 16:
-            raise SettingsError(f"cannot listen on port {port}: use one from 1 to 65535, or 0 for any free one")
-        router = self._socket(zmq.ROUTER)
-        router.router_mandatory = True  # a peer that is gone or too slow is an error here, never a silent loss
-        router.ipv6 = address.version == 6
-        place = f"[{address}]" if address.version == 6 else str(address)
-        try:
-            router.bind(f"tcp://{place}:{port or '*'}")
-        except zmq.ZMQError as error:
-            router.close()
-            if error.errno == zmq.EADDRINUSE:
-                what = f"--mesh-port: port {port} on {host} is in use; take another one, or 0 for any that is free"
-            else:
-                what = f"cannot listen on port {port} of {host}: {error.strerror}"
-            raise SettingsError(what) from None
-        return router, router.get_string(zmq.LAST_ENDPOINT).removeprefix("tcp://")
 
     def connect(self, address: str) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
         """A DEALER towards the peer at `address`, and the socket that tells what becomes of the connection.
@@ -216,16 +195,3 @@ def close_both(socket: zmq.Socket[bytes], monitor: zmq.Socket[bytes]) -> None:
 def is_ready(event: list[bytes]) -> bool:
     """Whether a monitor's message of `CONNECTION` says that the connection is ready; otherwise it is lost."""
     return bool(parse_monitor_message(event)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED)
-
-
-def _loopback(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """The address to bind. Peers are not authenticated yet, so nothing but loopback is allowed."""
-    try:
-        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
-    except ValueError:
-        raise SettingsError(f"cannot listen on {host!r}: it is not an IP address; use 127.0.0.1") from None
-    if not address.is_loopback:
-        raise SettingsError(
-            f"cannot listen on {host}: only loopback is allowed, since peers are not authenticated yet; use 127.0.0.1"
-        )
-    return address

@@ -1,4 +1,4 @@
-"""The connecting side of ZMTP 3.1, by which a ZeroMQ peer is read without libzmq: bodies land where they belong.
+"""Either side of a ZMTP 3.1 connection, without libzmq: bodies go from where they lie to where they belong.
 
 A connection goes through three stages (RFC 37; 23 is version 3.0):
 
@@ -7,9 +7,9 @@ A connection goes through three stages (RFC 37; 23 is version 3.0):
     traffic     frames of messages, and commands between any two of them: PING is answered by PONG
 
 A frame is one byte of flags, its size in one byte or in eight, and its body. A message here is a *head*, the first
-frame, and up to `PARTS_PER_MESSAGE_MAX` *parts*. Everything but the bodies of parts goes through the stage, a small
-buffer that the bytes are received into; of a part only its size is told, and whoever has the socket receives the body
-past the stage. Every size is checked before a byte of its frame is waited for.
+frame, and some *parts*. Everything but the bodies of parts goes through the stage, a small buffer that the bytes are
+received into; of a part only its size is told, and whoever has the socket receives the body past the stage. Every size
+is checked before a byte of its frame is waited for.
 
 A mechanism speaks during the handshake alone. One that seals messages as well (CURVE) would open its MESSAGE commands
 where `_frame` makes heads and parts of plain frames.
@@ -20,7 +20,7 @@ Sans-IO: bytes, times and sizes go in and out. Knows nothing of what the message
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final, Literal, NamedTuple, Protocol
 
 from .limits import (
@@ -29,6 +29,7 @@ from .limits import (
     HEADER_BYTES_MAX,
     HEARTBEAT_INTERVAL_S,
     HEARTBEAT_TIMEOUT_S,
+    KIB,
     PARTS_PER_MESSAGE_MAX,
     STAGE_BYTES,
     UNSENT_BYTES_MAX,
@@ -43,6 +44,8 @@ SIGNATURE: Final = b"\xff" + bytes(8) + b"\x7f"
 GREETING_BYTES: Final = 64
 CONTEXT_BYTES_MAX: Final = 16
 """Of a PING, to be returned by its PONG."""
+JOINED_BYTES_MAX: Final = 4 * KIB
+"""Frames up to this size are copied together with what stands around them: a buffer of its own costs as much."""
 _PING: Final = b"\x04PING" + round(10 * HEARTBEAT_TIMEOUT_S).to_bytes(2, "big")
 
 
@@ -66,7 +69,7 @@ class Part(NamedTuple):
 
 
 class Mechanism(Protocol):
-    """The client's side of one security handshake."""
+    """One side of a security handshake."""
 
     name: bytes
     ready: bool
@@ -80,23 +83,25 @@ class Mechanism(Protocol):
 
 
 class Null:
-    """The mechanism that proves nothing."""
+    """The mechanism that proves nothing: each side says what socket it has."""
 
     name = b"NULL"
 
-    def __init__(self) -> None:
+    def __init__(self, ours: bytes = b"DEALER", theirs: bytes = b"ROUTER") -> None:
+        self._ours = ours
+        self._theirs = theirs
         self.ready = False
 
     def begin(self) -> Iterable[bytes]:
         """As `Mechanism.begin`."""
-        return [b"\x05READY" + _property(b"Socket-Type", b"DEALER") + _property(b"Identity", b"")]
+        return [b"\x05READY" + _property(b"Socket-Type", self._ours) + _property(b"Identity", b"")]
 
     def receive(self, name: bytes, data: memoryview) -> Iterable[bytes]:
         """As `Mechanism.receive`."""
         if name != b"READY":
             raise ZmtpError(f"the command {name!r} in a NULL handshake")
-        if _properties(data).get(b"socket-type") != b"ROUTER":
-            raise ZmtpError("the peer is no ROUTER")
+        if _properties(data).get(b"socket-type") != self._theirs:
+            raise ZmtpError(f"the peer is no {self._theirs.decode()}")
         self.ready = True
         return ()
 
@@ -108,10 +113,14 @@ class _Stage(enum.Enum):
 
 
 class Connection:
-    """One connection."""
+    """One connection. A part has at most `part_bytes_max` bytes, and a message `parts_max` of them."""
 
-    def __init__(self, mechanism: Mechanism) -> None:
+    def __init__(
+        self, mechanism: Mechanism, *, part_bytes_max: int = FRAME_BYTES_MAX, parts_max: int = PARTS_PER_MESSAGE_MAX
+    ) -> None:
         self._mechanism = mechanism
+        self._part_bytes_max = part_bytes_max
+        self._parts_max = parts_max
         self._at = _Stage.GREETING
         self._began_s = self._pinged_s = self.heard_s = 0.0
         """When something came last. Whoever receives says so."""
@@ -206,15 +215,15 @@ class Connection:
         else:
             size, body = staged[low + 1], low + 2
         is_part = self._more and not flags & COMMAND
-        self._check(flags, size, FRAME_BYTES_MAX if is_part else HEADER_BYTES_MAX)
+        self._check(flags, size, self._part_bytes_max if is_part else HEADER_BYTES_MAX)
         more = bool(flags & MORE)
         if not is_part and high - body < size:
             return None
         self.frames += 1
         if is_part:
             self._parts += 1
-            if self._parts > PARTS_PER_MESSAGE_MAX:
-                raise ZmtpError(f"a message of more than {PARTS_PER_MESSAGE_MAX} parts")
+            if self._parts > self._parts_max:
+                raise ZmtpError(f"a message of more parts than {self._parts_max}")
             self._low, self._more, self.left = body, more, size
             return Part(size, more)
         self._low = body + size
@@ -291,12 +300,32 @@ class Connection:
             self._command(_PING)
 
 
+def message(parts: Sequence[Buffer]) -> list[Buffer]:
+    """One message as the bytes to send: large parts as they are, what stands between them joined."""
+    out: list[Buffer] = []
+    joined = bytearray()
+    last = len(parts) - 1
+    for index, part in enumerate(parts):
+        if len(part) <= JOINED_BYTES_MAX:
+            _put(joined, MORE if index < last else 0, part)
+        else:
+            joined += _opening(MORE if index < last else 0, len(part))
+            out += (joined, part)
+            joined = bytearray()
+    if joined:
+        out.append(joined)
+    return out
+
+
 def _put(queue: bytearray, flags: int, body: Buffer) -> None:
-    if len(body) < 256:
-        queue += bytes((flags, len(body)))
-    else:
-        queue += bytes((flags | LONG,)) + len(body).to_bytes(8, "big")
+    queue += _opening(flags, len(body))
     queue += body
+
+
+def _opening(flags: int, size_bytes: int) -> bytes:
+    if size_bytes < 256:
+        return bytes((flags, size_bytes))
+    return bytes((flags | LONG,)) + size_bytes.to_bytes(8, "big")
 
 
 def _property(name: bytes, value: bytes) -> bytes:

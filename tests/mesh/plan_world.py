@@ -110,11 +110,13 @@ class World:
         match action:
             case Start():
                 self._start(action)
-            case Commit(read, chunk):
-                assert chunk not in self.commits
-                assert chunk not in self.lost
+            case Commit(read, chunks):
+                assert chunks
                 assert read in self._reads
-                self.commits[chunk] = self.now
+                for chunk in chunks:
+                    assert chunk not in self.commits
+                    assert chunk not in self.lost
+                    self.commits[chunk] = self.now
             case Cancel(read):
                 self.cancels.append((self.now, action))
                 holder, owed = self._reads.pop(read)
@@ -170,14 +172,15 @@ class World:
     def _served(self, holder: SimHolder, read: int, chunk: int, missing: bool) -> None:
         holder.serving = False
         if self.now < min(holder.dies_at, holder.stalls_at):
-            event = Missed(read, chunk) if missing else Landed(read, chunk)
+            event = Missed(read, chunk) if missing else Landed(read, [chunk])
             self._at(self.now + holder.rtt_s / 2, lambda: self._deliver(event))
             self._serve(holder)
 
     def _deliver(self, event: Landed | Missed) -> None:
         if event.read in self._reads:
-            self._reads[event.read][1].discard(event.chunk)
-            self.failures[event.chunk] += isinstance(event, Missed)
+            chunks = (event.chunk,) if isinstance(event, Missed) else event.chunks
+            self._reads[event.read][1].difference_update(chunks)
+            self.failures.update(chunks if isinstance(event, Missed) else ())
         self.tell(event)
 
     def _end(self, read: int) -> None:

@@ -41,7 +41,7 @@ class SlowToClose:
         self._reading = reading
         self._let_go = let_go
 
-    async def __anext__(self) -> Landing:
+    async def __anext__(self) -> list[Landing]:
         return await self._reading.__anext__()
 
     async def close(self) -> None:

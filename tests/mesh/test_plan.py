@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from kvmesh.plan import ReadPlan
@@ -33,21 +35,27 @@ def started(world: World, holder: int) -> list[int]:
     return [chunk for _, start in world.starts if start.holder == holder for chunk in start.chunks]
 
 
-def test_one_holder_gets_everything_in_one_read() -> None:
+def test_one_holder_gets_everything_in_few_reads_each_begun_before_the_last_is_done() -> None:
     for told in (None, 2e9, 5e8):
-        world = World(500, [SimHolder(G, told=told)]).run()
-        assert [start.chunks for _, start in world.starts] == [tuple(range(500))]
-        assert list(world.commits) == list(range(500))
+        world = World(1500, [SimHolder(G, told=told)]).run()
+        sizes = [len(start.chunks) for _, start in world.starts]
+        assert sizes == [128, 512, 512, 348]
+        assert started(world, 0) == list(range(1500))
+        asked = itertools.accumulate(sizes)
+        for (at, _), before in zip(world.starts[1:], asked, strict=False):
+            landed = sum(when <= at for when in world.commits.values())
+            assert 0 < before - landed < 512, "some of a read is still to come"
+        assert list(world.commits) == list(range(1500))
         assert world.cancels == []
 
 
 def test_a_landing_is_committed_and_the_last_one_ends_the_plan() -> None:
     plan = ReadPlan(2, MIB, [Holder((range(2),), None, 0.0)], 5.0)
     assert plan.handle(Begin(), 0.0) == [Start(0, 0, (0, 1)), Wake(5.0)]
-    assert plan.handle(Landed(0, 1), 0.1) == [Commit(0, 1)]
-    assert plan.handle(Landed(0, 1), 0.1) == [], "twice"
-    assert plan.handle(Landed(7, 0), 0.1) == [], "a read that is not known"
-    assert plan.handle(Landed(0, 0), 0.2) == [Commit(0, 0), Finish()]
+    assert plan.handle(Landed(0, [1]), 0.1) == [Commit(0, [1])]
+    assert plan.handle(Landed(0, [1]), 0.1) == [], "twice"
+    assert plan.handle(Landed(7, [0]), 0.1) == [], "a read that is not known"
+    assert plan.handle(Landed(0, [0]), 0.2) == [Commit(0, [0]), Finish()]
     assert plan.handle(Tick(), 9.0) == []
 
 
@@ -56,7 +64,7 @@ def test_what_is_in_the_store_already_is_done_without_a_commit() -> None:
     plan.handle(Begin(), 0.0)
     assert plan.handle(Held(0, 0), 0.0) == [Wake(5.0)]
     assert plan.handle(Held(0, 0), 0.0) == [Wake(5.0)]
-    assert plan.handle(Landed(0, 1), 0.1) == [Commit(0, 1), Finish()]
+    assert plan.handle(Landed(0, [1]), 0.1) == [Commit(0, [1]), Finish()]
 
 
 def test_two_equal_holders_share_the_front_from_the_start() -> None:
@@ -242,7 +250,7 @@ def test_without_room_the_front_that_fits_is_read() -> None:
     plan = ReadPlan(5, MIB, [Holder((range(5),), None, 0.0)], 5.0)
     plan.handle(Begin(), 0.0)
     assert plan.handle(NoRoom(0, (3, 4)), 0.0) == [Lose((3, 4), Fate.FULL), Wake(5.0)]
-    assert [a for c in range(3) for a in plan.handle(Landed(0, c), 0.1)][-1] == Finish()
+    assert [a for c in range(3) for a in plan.handle(Landed(0, [c]), 0.1)][-1] == Finish()
 
 
 def test_without_any_room_the_plan_is_over() -> None:
@@ -259,7 +267,7 @@ def test_a_hedge_without_room_changes_nothing() -> None:
     hedge = next(a for a in actions if isinstance(a, Start))
     assert hedge.hedge
     assert plan.handle(NoRoom(hedge.read, hedge.chunks), 0.1) == [Wake(0.1 + PLAN_LATE_S_MIN)]
-    assert plan.handle(Landed(0, 0), 0.2) == [Commit(0, 0), Finish()]
+    assert plan.handle(Landed(0, [0]), 0.2) == [Commit(0, [0]), Finish()]
 
 
 def test_both_reads_of_a_hedge_may_fail() -> None:
@@ -274,7 +282,7 @@ def test_the_winner_of_a_hedge_ends_the_other_read() -> None:
     plan = World(1, [SimHolder(G, told=G), SimHolder(G, told=G)]).plan
     plan.handle(Begin(), 0.0)
     plan.handle(Tick(), 0.1)
-    assert plan.handle(Landed(1, 0), 0.11) == [Commit(1, 0), Cancel(0, late=True), Finish()]
+    assert plan.handle(Landed(1, [0]), 0.11) == [Commit(1, [0]), Cancel(0, late=True), Finish()]
 
 
 def test_jitter_alone_makes_no_hedge() -> None:

@@ -131,9 +131,11 @@ def bytes_of(chunk: bytes | bytearray | memoryview, part: Slice) -> bytes:
 async def collect(reading: Reading) -> dict[int, Landing]:
     """All landings until the read ends, by index; then close."""
     landings = {}
-    async for landing in reading:
-        assert landing.index not in landings
-        landings[landing.index] = landing
+    async for landed in reading:
+        assert landed
+        for landing in landed:
+            assert landing.index not in landings
+            landings[landing.index] = landing
     await reading.close()
     return landings
 

@@ -10,7 +10,6 @@ import zmq
 import zmq.asyncio
 
 from kvmesh.transport.frames import (
-    Alive,
     Message,
     encode,
 )
@@ -51,10 +50,8 @@ class Stranger:
 
     async def hear(self) -> list[bytes]:
         async with asyncio.timeout(LONG_S):
-            while True:
-                parts: list[bytes] = await self.socket.recv_multipart()
-                if parts != [encode(Alive(V, 0))]:
-                    return parts
+            parts: list[bytes] = await self.socket.recv_multipart()
+            return parts
 
     def __enter__(self) -> Stranger:
         return self

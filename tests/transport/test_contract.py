@@ -320,13 +320,13 @@ def test_a_peer_that_closes_in_mid_read(backend: str, closing: str) -> None:
         async with two(backend, source) as (holder, reader):
             wanted = wants(range(60), 2 * MIB)
             reading = reader.read(holder.address, wanted, deadline_s=1000)
-            landings = [await reading.__anext__()]
+            landings = await reading.__anext__()
             ends = {"holder": holder, "reader": reader}
             await asyncio.wait_for(ends[closing].close(), LONG_S)
             if closing == "holder":
                 assert source.out == 0
             async with asyncio.timeout(LONG_S):
-                landings += [landing async for landing in reading]
+                landings += [landing async for landed in reading for landing in landed]
                 await reading.close()
             assert len(landings) < 60
             assert all(wanted[landing.index].into == source.held[key(landing.index)] for landing in landings)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from kvmesh.transport import frames
 from kvmesh.transport.frames import (
-    Alive,
     Answer,
     Bulk,
     Call,
@@ -67,7 +66,6 @@ DECODERS = (to_holder, to_caller, lambda parts: to_reader(parts[0] if parts else
         (Cancel(V, 0), None),
         (Answer(V, 3), b""),
         (Refusal(V, 3, "why"), None),
-        (Alive(V, 0), None),
     ],
 )
 def test_each_message_comes_out_as_it_went_in(message: Message, payload: bytes | None) -> None:
@@ -232,7 +230,7 @@ def test_malformed_messages_are_told(parts: list[bytes]) -> None:
 
 
 def test_messages_of_the_wrong_direction_are_malformed() -> None:
-    for parts in ([encode(Answer(V, 1)), b""], [encode(Alive(V, 1))]):
+    for parts in ([encode(Answer(V, 1)), b""], [encode(Refusal(V, 1, "no"))]):
         with pytest.raises(FrameError):
             to_holder(parts)
     with pytest.raises(FrameError):

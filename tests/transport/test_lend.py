@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
-import zmq
 
 from kvmesh.transport import zmq_lend
 from kvmesh.transport.checksum import bound, checksum
@@ -26,6 +25,7 @@ from kvmesh.transport.limits import (
 )
 from kvmesh.transport.zmq_lend import PUMP_BYTES, TURN_BYTES, TURNS_AT_ONCE, Lender
 from kvmesh.transport.zmq_pack import STEP_BYTES
+from kvmesh.transport.zmq_port import FullError, GoneError
 from tests.support.waiting import wait_until_async
 from tests.transport.ends import LONG_S, ArenaChunks, Chunks, CountedLoan, bytes_of, key, part_of, pattern, wants
 
@@ -37,11 +37,11 @@ class Wire:
     sent: list[tuple[bytes, Bulk]] = field(default_factory=list)
     kept: list[Sequence[Buffer]] = field(default_factory=list)
     dropped: list[tuple[bytes, int, str]] = field(default_factory=list)
-    fails: int = 0
+    fails: type[Exception] | None = None
 
     def send(self, reader: bytes, parts: Sequence[Buffer]) -> None:
         if self.fails:
-            raise zmq.Again if self.fails == zmq.EAGAIN else zmq.ZMQError(self.fails)
+            raise self.fails
         message = to_reader(parts[0])
         assert isinstance(message, Bulk)
         assert len(parts) <= 1 + PARTS_PER_MESSAGE_MAX
@@ -339,17 +339,17 @@ def test_a_reader_without_credit_is_dropped_in_time() -> None:
 def test_a_full_socket_is_tried_again_and_a_gone_reader_is_not() -> None:
     async def test(lender: Lender, wire: Wire, source: Chunks, _: Counters) -> None:
         source.fill(2, MIB)
-        wire.fails = zmq.EAGAIN
+        wire.fails = FullError
         assert read(lender, b"r", 1, range(2), MIB) is None
         assert read(lender, b"r", 2, range(2), MIB) is None
         await settled()
         assert wire.sent == []
-        wire.fails = 0
+        wire.fails = None
         lender.sweep()
         await settled()
         sent = [item for _, message in wire.sent if message.id == 1 for item in message.items]
         assert [item.offset for item in sent] == [place * MIB // 16 for place in range(len(sent))]
-        wire.fails = zmq.EHOSTUNREACH
+        wire.fails = GoneError
         assert lender.grant(b"r", 1, MIB // 2)
         await settled()
         assert lender.readers == []
@@ -373,7 +373,7 @@ def test_bounds_on_what_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zmq_lend, "WANTS_SERVED_MAX", READS_PER_PEER_MAX + 10)
 
     async def test(lender: Lender, wire: Wire, source: Chunks, _: Counters) -> None:
-        wire.fails = zmq.EAGAIN
+        wire.fails = FullError
         for id_ in range(READS_PER_PEER_MAX):
             assert read(lender, b"r", id_, [0], 1) is None
         assert read(lender, b"r", 0, [0], 1) == "this read is open already"

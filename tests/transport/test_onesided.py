@@ -51,7 +51,7 @@ def test_chunks_and_parts_land_front_first_in_batches() -> None:
         async with Stage(source) as stage:
             wanted = [*wants(range(count), size), Want(key(0), memoryview(bytearray(35_000)), part, size)]
             reading = stage.read(wanted, LONG_S)
-            order = [landing.index async for landing in reading]
+            order = [landing.index async for landings in reading for landing in landings]
             assert order == list(range(count + 1))
             assert all(want.into == source.held[want.key] for want in wanted[:count])
             content = pattern(0, size)
@@ -150,7 +150,7 @@ def test_a_buffer_is_quarantined_until_the_mover_has_stopped(ending: str) -> Non
             await wait_until_async(lambda: fake.moves, LONG_S, "it moves")
             [move] = fake.moves
             if ending == "deadline":
-                assert [landing async for landing in reading] == []
+                assert [landings async for landings in reading] == []
             closing = asyncio.create_task(reading.close())
             await asyncio.wait_for(move.stopping.wait(), LONG_S)
             move.write()  # late, after the reader gave up

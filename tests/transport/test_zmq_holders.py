@@ -11,7 +11,6 @@ import pytest
 from kvmesh.transport.errors import ProtocolError
 from kvmesh.transport.frames import (
     HELD,
-    Alive,
     Answer,
     Bulk,
     Cancel,
@@ -66,7 +65,6 @@ def test_garbage_on_a_read_is_counted_and_the_rest_still_lands() -> None:
             [b"garbage"],
             [b""],
             [encode(Answer(V, 1)), b""],
-            [encode(Alive(V, 0))],
             [encode(Bulk(V, 99, [Item(0, 1, 0, 0, 0)]))],
             good,
         ]
@@ -111,7 +109,6 @@ def test_answers_that_nobody_waits_for_and_garbage_on_a_call() -> None:
         return [
             [b"garbage"],
             [encode(Answer(V, 999)), b""],
-            [encode(Alive(V, 0))],
             [encode(Answer(V, message.id)), b"ok"],
         ]
 

@@ -288,7 +288,7 @@ def test_what_does_not_go_out_at_once_is_not_lost(monkeypatch: pytest.MonkeyPatc
         async with peer(reply) as address, transport() as reader:
             reads = [reader.read(address, many, deadline_s=1000) for _ in range(3)]
             for read in reads:
-                assert await anext(read) == Landing(5999, Outcome.NOT_HELD, 0)
+                assert await anext(read) == [Landing(5999, Outcome.NOT_HELD, 0)]
                 await read.close()
             assert reader.stats().refused == 0
 
