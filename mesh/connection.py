@@ -86,14 +86,13 @@ class Connection:
         """The next answer."""
         limit = time.monotonic() + timeout_s
         while not self._frames:
+            left = limit - time.monotonic()
+            if left <= 0:
+                raise self._lost(f"did not answer within {timeout_s:.1f} s")
+            _poll(self._readable, left)
             try:
-                # Without waiting at first: an agent on this very core has answered while the request was sent.
                 data = self._socket.recv(_RECEIVE_BYTES)
             except BlockingIOError:
-                left = limit - time.monotonic()
-                if left <= 0:
-                    raise self._lost(f"did not answer within {timeout_s:.1f} s") from None
-                _poll(self._readable, left)
                 continue
             except OSError as error:
                 raise self._lost(f"went away ({error.strerror})") from None
@@ -115,6 +114,8 @@ class Connection:
         """Whether the agent has closed its end, as far as can be seen without waiting."""
         if self.closed:
             return True
+        if not self._readable.poll(0):
+            return False
         try:
             return self._socket.recv(1, socket.MSG_PEEK) == b""
         except BlockingIOError:

@@ -67,7 +67,8 @@ class Hit:
         self._offsets: list[int] = []
         self._checksums: list[int] = []
         self._wholes: set[int] = set()
-        self._unverified: set[int] | None = set() if verify else None  # offsets, where verifying was asked for
+        self._verify_all = verify
+        self._verified: set[int] = set()  # offsets
         self._leases = leases
         self._final: protocol.Progress | None = None
         self._failed: KVMeshError | None = None
@@ -153,8 +154,9 @@ class Hit:
 
     def __del__(self) -> None:
         # For a caller who forgot the `with` block: the leases must not wait for the process's end.
-        with contextlib.suppress(KVMeshError):
-            self.close()
+        if not self._closed:
+            with contextlib.suppress(KVMeshError):
+                self.close()
 
     def __enter__(self) -> Hit:
         return self
@@ -189,9 +191,8 @@ class Hit:
         self._leases.begun = True
         self._offsets.extend(report.offsets)
         self._checksums.extend(protocol.unpack_checksums(report.checksums, len(report.offsets)))
-        self._wholes.update(report.wholes)
-        if self._unverified is not None:
-            self._unverified.update(report.offsets)
+        if report.wholes:
+            self._wholes.update(report.wholes)
         if report.final:
             self._final = report
             self._on_settled(self._connection)
@@ -203,7 +204,7 @@ class Hit:
         self._on_settled(self._connection)
 
     def _verify(self, index: int, offset: int) -> None:
-        if self._unverified is None or offset not in self._unverified:
+        if not self._verify_all or offset in self._verified:
             return
         by_itself = self.part is not None and offset not in self._wholes
         size_bytes = self.part.slice.bytes if self.part is not None and by_itself else self.space.chunk_bytes
@@ -217,7 +218,7 @@ class Hit:
                 f"chunk {index} of this hit has changed in memory since it was put: use the chunks before it, and "
                 "compute the rest; the agent was told, and takes its copy out"
             )
-        self._unverified.discard(offset)
+        self._verified.add(offset)
 
     def _settle(self) -> protocol.Progress:
         while self._final is None:
@@ -269,11 +270,15 @@ class Leases:
     def end(self, offsets: list[int]) -> None:
         """The hit is closed: return what no view looks at, and the rest as views go."""
         with self._lock:
-            # A view may go between any two lines, in this very thread. So all are said to have ended first: from then
-            # on an offset is taken out, and its lease returned, by its last view or here, never by both or by none.
-            self._ended.update(offsets)
-            free = [offset for offset in offsets if offset in self._ended and offset not in self._views]
-            self._ended.difference_update(free)
+            if not self._views:
+                free = offsets  # nothing looks at anything, and nothing more will
+            else:
+                # A view may go between any two lines, in this very thread. So all are said to have ended first: from
+                # then on an offset is taken out, and its lease returned, by its last view or here, never by both or by
+                # none.
+                self._ended.update(offsets)
+                free = [offset for offset in offsets if offset in self._ended and offset not in self._views]
+                self._ended.difference_update(free)
         self._return(free)
 
     def _gone(self, view: list[int]) -> None:

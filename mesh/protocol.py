@@ -41,6 +41,7 @@ from kvmesh.transport.limits import (
 )
 
 LENGTH = struct.Struct("<I")
+_KEY = struct.Struct(f"{KEY_BYTES}s")
 
 
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
@@ -248,10 +249,11 @@ class FrameReader:
 
     def feed(self, data: bytes) -> Iterator[bytes]:
         """The bodies that are whole once `data` has arrived."""
-        if not self._buffer and len(data) >= LENGTH.size and LENGTH.unpack_from(data)[0] == len(data) - LENGTH.size:
-            if len(data) <= LENGTH.size + AGENT_FRAME_BYTES_MAX:
-                yield data[LENGTH.size :]  # one whole frame, as nearly always: nothing to keep
-                return
+        body = data[LENGTH.size :]
+        whole = not self._buffer and data[: LENGTH.size] == LENGTH.pack(len(body))
+        if whole and len(body) <= AGENT_FRAME_BYTES_MAX:
+            yield body  # one frame by itself, as nearly always: nothing to keep
+            return
         self._buffer += data
         while len(self._buffer) >= LENGTH.size:
             (length,) = LENGTH.unpack_from(self._buffer)
@@ -319,7 +321,7 @@ def pack_keys(keys: Sequence[bytes]) -> bytes:
         blob = b"".join(keys)
     except TypeError:
         blob, keys = b"x", ()  # no bytes: refused below
-    if len(blob) != KEY_BYTES * len(keys) or any(map(KEY_BYTES.__ne__, map(len, keys))):
+    if len(blob) != KEY_BYTES * len(keys) or set(map(len, keys)) - {KEY_BYTES}:
         raise CallerError(f"a key has {KEY_BYTES} bytes: pass what Namespace.chain returned")
     return blob
 
@@ -328,7 +330,7 @@ def unpack_keys(blob: bytes) -> list[bytes]:
     """The keys of one blob. Raises `ProtocolError`."""
     if len(blob) % KEY_BYTES or len(blob) > CHAIN_CHUNKS_MAX * KEY_BYTES:
         raise ProtocolError(f"{len(blob)} bytes are not at most {CHAIN_CHUNKS_MAX} keys of {KEY_BYTES} bytes")
-    return [blob[at : at + KEY_BYTES] for at in range(0, len(blob), KEY_BYTES)]
+    return [key for (key,) in _KEY.iter_unpack(blob)]
 
 
 def pack_checksums(values: Iterable[int]) -> bytes:

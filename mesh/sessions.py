@@ -275,7 +275,8 @@ class Session(asyncio.Protocol):
             raise CallerError("this connection has too many requests or leases open: wait for some to end")
         if complete:
             self._send(report(request.id, list(held.values()), part, final=True, why=Fate.LANDED.value))
-            self._done(grant)
+            if not held:
+                self._done(grant)
         else:
             ask = _ask(space, now + _bounded(request.deadline_s), request.prefill_tokens_per_s, part)
             getting = Getting(request.id, desk.store, desk.fetcher, self._send, grant, keys, held, ask)

@@ -45,6 +45,7 @@ from .interface import Slice, Want
 from .limits import (
     CHAIN_CHUNKS_MAX,
     CHUNK_BYTES_MAX,
+    DIRECT_SEND_BYTES_MAX,
     HEADER_BYTES_MAX,
     ITEM_COST_BYTES,
     ITEMS_PER_MESSAGE_MAX,
@@ -57,6 +58,7 @@ from .limits import (
     SERVED_READ_LEASE_S_MAX,
     SLICE_RUNS_MAX,
     SLICES_PER_READ_MAX,
+    SMALL_READ_CHUNKS_MAX,
 )
 
 Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0)]
@@ -250,6 +252,14 @@ class Wanted:
             return key, chunk_bytes, None
         (number,) = SLICE_NUMBER.unpack_from(self._payload, self._numbers_at + index * SLICE_NUMBER.size)
         return key, chunk_bytes, self._slices[number]
+
+    @property
+    def is_small(self) -> bool:
+        """A few chunks, of few bytes together."""
+        if self.count > SMALL_READ_CHUNKS_MAX:
+            return False
+        bytes_: int = sum(WANTED.unpack_from(self._payload, index * WANTED.size)[1] for index in range(self.count))
+        return bytes_ <= DIRECT_SEND_BYTES_MAX
 
 
 def wanted_count(slices: int, payload_bytes: int) -> int:

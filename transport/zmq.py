@@ -20,13 +20,14 @@ from collections.abc import AsyncIterator, Sequence
 from .counters import Counters, total
 from .interface import CallHandler, ChunkSource, Landing, TransportStats, Want
 from .landings import LandingStream, check_wants
-from .limits import LOANS_RETURN_S
+from .limits import LOANS_RETURN_S, SMALL_READ_BYTES_MAX, SMALL_READ_CHUNKS_MAX
 from .malloc import keep_freed_pages
 from .zmq_bulk import BulkThread
 from .zmq_calls import Caller
 from .zmq_port import listen
 from .zmq_reads import BulkRead
 from .zmq_serve import Server
+from .zmq_small import SmallReads
 from .zmq_sockets import Sockets
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class ZmqTransport:
         self._on_loop, self._in_thread = Counters(), Counters()
         self._server = Server(listening, source, handler, self._on_loop)
         self._caller = Caller(sockets, self._on_loop)
+        self._small = SmallReads(self._on_loop)
         self._bulk = BulkThread(self._in_thread, sockets.close)  # it may block: not on the loop
         self._closing: asyncio.Task[None] | None = None
 
@@ -62,7 +64,8 @@ class ZmqTransport:
     def read(self, address: str, wants: Sequence[Want], *, deadline_s: float) -> ZmqReading:
         """As `Transport.read`."""
         check_wants(wants)
-        return ZmqReading(self._bulk, address, wants, deadline_s)
+        small = sum(want.into.nbytes for want in wants) <= SMALL_READ_BYTES_MAX and len(wants) <= SMALL_READ_CHUNKS_MAX
+        return ZmqReading(self._small if small else self._bulk, address, wants, deadline_s)
 
     def backend(self, address: str) -> str:
         """As `Transport.backend`."""
@@ -81,6 +84,7 @@ class ZmqTransport:
     async def _close(self) -> None:
         self._caller.close()
         await self._server.close()
+        self._small.close()
         await self._bulk.stop()  # it ends the context as well, once every socket is closed
         try:
             async with asyncio.timeout(LOANS_RETURN_S):
@@ -90,15 +94,15 @@ class ZmqTransport:
 
 
 class ZmqReading:
-    """A read under way: the bulk thread fills the stream of landings."""
+    """A read under way: whoever receives fills the stream of landings."""
 
-    def __init__(self, bulk: BulkThread, address: str, wants: Sequence[Want], deadline_s: float) -> None:
+    def __init__(self, bulk: BulkThread | SmallReads, address: str, wants: Sequence[Want], deadline_s: float) -> None:
         self._bulk = bulk
         self._stream = LandingStream(len(wants), deadline_s, self._stop)
         self._quiet = asyncio.Event()
         self._read = BulkRead(address, tuple(wants), max(0.0, deadline_s) + 1.0, self._stream.put, self._ended)
         if wants:
-            bulk.start(self._read)
+            bulk.start(self._read)  # it does not call `_ended` in here
         else:
             self._quiet.set()
 
@@ -115,7 +119,7 @@ class ZmqReading:
         await self._quiet.wait()
 
     def _ended(self) -> None:
-        """The thread will not write again."""
+        """Nothing will be written again."""
         self._quiet.set()
         self._stream.end()
 

@@ -25,8 +25,9 @@ from collections.abc import Callable
 from typing import Final
 
 from .counters import Counters
-from .limits import NAMES_AT_ONCE_MAX, READ_WINDOW_BYTES
-from .zmq_links import Link, Links, Place, named
+from .limits import READ_WINDOW_BYTES
+from .zmq_links import Link, Links
+from .zmq_names import Names
 from .zmq_reads import Active, BulkRead, Reads
 
 log = logging.getLogger(__name__)
@@ -56,8 +57,7 @@ class BulkThread:
         # From here on the thread's own.
         self._report_due_s = 0.0
         self._unfinished: list[Link[Active]] = []
-        self._names = 0
-        self._links: Links[Active] = Links(self._wake, self._look_up)
+        self._links: Links[Active] = Links(Names(self._tell).look_up, self._wake)
         self._reads = Reads(self._links, counters, self._news.append, self._commands, window_bytes)
         self._thread = threading.Thread(target=self._run, name="kvmesh-bulk", daemon=True)
         self._thread.start()
@@ -136,23 +136,3 @@ class BulkThread:
 
     def _stop(self) -> None:
         self._stopping = True
-
-    def _look_up(self, link: Link[Active], host: str, port: int) -> bool:
-        """Look a name up in a thread of its own: the resolver takes its time, and cannot be told to stop."""
-
-        def look_up() -> None:
-            place = named(host, port)
-            self._tell(lambda: found(place))
-
-        def found(place: Place | None) -> None:
-            self._names -= 1
-            self._links.found(link, place)
-
-        if self._names >= NAMES_AT_ONCE_MAX:
-            return False
-        try:
-            threading.Thread(target=look_up, name="kvmesh-name", daemon=True).start()
-        except RuntimeError:  # this process has no thread left
-            return False
-        self._names += 1
-        return True

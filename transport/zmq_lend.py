@@ -139,7 +139,11 @@ class Lender:
         reader.reads[read.id] = read
         self._reads += 1
         self._wants += packer.count
-        self._wait(read)
+        if self._pumping or not wanted.is_small:
+            self._wait(read)
+        else:
+            self._line_up(read)
+            self._pump()  # at once: it is over then
         return None
 
     def grant(self, name: bytes, read_id: int, credit_bytes: int) -> bool:
@@ -208,7 +212,7 @@ class Lender:
         self._on_drop(read.reader.name, read.id, why)
 
     # --- turns -------------------------------------------------------------------------------------------------------
-    def _wait(self, read: _Served) -> None:
+    def _line_up(self, read: _Served) -> None:
         reader = read.reader
         if not read.waiting:
             read.waiting = True
@@ -216,11 +220,15 @@ class Lender:
         if not reader.waiting:
             reader.waiting = True
             self._line.append(reader)
+
+    def _wait(self, read: _Served) -> None:
+        self._line_up(read)
         if not self._pumping:
             self._pumping = True
             self._loop.call_soon(self._pump)
 
     def _pump(self) -> None:
+        self._pumping = True
         touched_bytes = 0
         for _ in range(TURNS_AT_ONCE):
             reader = self._next_reader()

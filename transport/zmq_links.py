@@ -4,13 +4,15 @@ They are plain sockets that speak ZMTP (zmtp.py) to the peer's ROUTER, so that b
 what comes on them is not looked at here. Nothing waits: connecting, sending and receiving are done as far as they go,
 and `wait` tells when they go further. A host that is a name is looked up by somebody else, and the connection waits for
 the answer like any other. A peer has at most `BULK_LINKS_PER_PEER_MAX` connections; a read goes to the one with the
-fewest reads. Used by the bulk thread alone.
+fewest reads. Used by one thread at a time, or by
+the loop.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import math
 import os
 import select
@@ -18,7 +20,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from .errors import UnreachableError
 from .limits import (
@@ -28,6 +30,7 @@ from .limits import (
     LINK_IDLE_S,
     SERVED_READ_IDLE_S,
 )
+from .zmq_names import Place, numeric
 from .zmq_sockets import split_address
 from .zmtp import Connection, Null, ZmtpError
 
@@ -41,8 +44,6 @@ OPTIONS: Final = (
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * SERVED_READ_IDLE_S)),
 )
 R = TypeVar("R")
-Place = tuple[socket.AddressFamily, Any]
-"""An address family, and an address of it as `socket.connect` wants it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -94,16 +95,21 @@ class Link(Generic[R]):
 class Links(Generic[R]):
     """All connections, and the wait for something to come on one of them, or for a wake-up."""
 
-    def __init__(self, wake_fd: int, look_up: Callable[[Link[R], str, int], bool]) -> None:
-        """`wake_fd` is an eventfd. `look_up(link, host, port)` sees to it that `found` is called on this thread in the
-        end; False: there are too many names already, or no thread for one more."""
+    def __init__(self, look_up: Callable[[str, int, Callable[[Place | None], None]], bool], wake_fd: int = -1) -> None:
+        """`look_up`: as `Names.look_up`. `wake_fd`: an eventfd that ends a wait."""
         self._wake_fd = wake_fd
         self._look_up = look_up
         self._epoll = select.epoll()
-        self._epoll.register(wake_fd, select.EPOLLIN)
+        if wake_fd >= 0:
+            self._epoll.register(wake_fd, select.EPOLLIN)
         self._by_address: dict[str, list[Link[R]]] = {}
         self._by_fd: dict[int, Link[R]] = {}
-        self._due_s = math.inf
+        self.due_s = math.inf
+        """When `look_over` has something to do."""
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when a wait would end."""
+        return self._epoll.fileno()
 
     def __iter__(self) -> Iterator[Link[R]]:
         return iter([link for links in self._by_address.values() for link in links])
@@ -120,10 +126,10 @@ class Links(Generic[R]):
         place = numeric(host, port)
         if place is not None:
             self._connect(link, place)
-        elif not self._look_up(link, host, port):
+        elif not self._look_up(host, port, functools.partial(self.found, link)):
             raise UnreachableError("no further host name can be looked up now")
         self._by_address.setdefault(address, []).append(link)
-        self._due_s = min(self._due_s, link.due_s)
+        self.due_s = min(self.due_s, link.due_s)
         return link
 
     def found(self, link: Link[R], place: Place | None) -> None:
@@ -140,7 +146,7 @@ class Links(Generic[R]):
     def give_up(self, link: Link[R]) -> None:
         """The next `look_over` returns it as lost."""
         link.lost = True
-        self._due_s = 0.0
+        self.due_s = 0.0
 
     def _connect(self, link: Link[R], place: Place) -> None:
         family, where = place
@@ -161,7 +167,7 @@ class Links(Generic[R]):
 
     def wait(self, until_s: float) -> list[Link[R]]:
         """Sleep until something happens. Returns the connections that have bytes, or news of their end."""
-        until_s = min(until_s, self._due_s)
+        until_s = min(until_s, self.due_s)
         timeout_s = None if until_s == math.inf else max(0.0, until_s - time.monotonic())
         readable: list[Link[R]] = []
         for fd, events in self._epoll.poll(timeout_s):
@@ -175,7 +181,7 @@ class Links(Generic[R]):
             elif events & ~select.EPOLLOUT:
                 readable.append(link)
                 if not link.connection.ready:  # from when it is, it is asked for signs of life
-                    self._due_s = min(self._due_s, time.monotonic() + HEARTBEAT_INTERVAL_S)
+                    self.due_s = min(self.due_s, time.monotonic() + HEARTBEAT_INTERVAL_S)
             if events & select.EPOLLOUT:
                 self.flush(link)
         return readable
@@ -187,7 +193,7 @@ class Links(Generic[R]):
         else:
             link.connected = True
             link.connection.open(time.monotonic())
-            self._due_s = min(self._due_s, link.due_s)
+            self.due_s = min(self.due_s, link.due_s)
 
     def flush(self, link: Link[R]) -> None:
         """Send what goes."""
@@ -209,18 +215,18 @@ class Links(Generic[R]):
     def look_over(self) -> list[Link[R]]:
         """Do what is due: heartbeats, and the end of idle connections. Returns those that are lost."""
         now = time.monotonic()
-        if now < self._due_s:
+        if now < self.due_s:
             return []
         lost: list[Link[R]] = []
-        self._due_s = math.inf
+        self.due_s = math.inf
         for link in self:
             if link.lost or not self._tick(link, now):
                 lost.append(link)
             elif not link.reads and now - link.used_s >= LINK_IDLE_S:
                 self.close(link)
             else:
-                self._due_s = min(self._due_s, link.due_s)
-        self._due_s = max(self._due_s, now + TICK_S)
+                self.due_s = min(self.due_s, link.due_s)
+        self.due_s = max(self.due_s, now + TICK_S)
         return lost
 
     def _tick(self, link: Link[R], now: float) -> bool:
@@ -237,7 +243,7 @@ class Links(Generic[R]):
     def unused(self, link: Link[R]) -> None:
         """A read on the connection has ended."""
         link.used_s = time.monotonic()
-        self._due_s = min(self._due_s, link.due_s)
+        self.due_s = min(self.due_s, link.due_s)
 
     def close(self, link: Link[R]) -> None:
         """Close the connection. What its reads become is the caller's business."""
@@ -257,23 +263,3 @@ class Links(Generic[R]):
         for link in self:
             self.close(link)
         self._epoll.close()
-
-
-def numeric(host: str, port: int) -> Place | None:
-    """The address when `host` is one already; None when it is a name. Does not wait."""
-    try:
-        family, _, _, _, where = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
-        )[0]
-    except (OSError, UnicodeError):
-        return None
-    return family, where
-
-
-def named(host: str, port: int) -> Place | None:
-    """The IPv4 address of a name, None when it has none. Waits for as long as the resolver likes."""
-    try:
-        family, _, _, _, where = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError):
-        return None
-    return family, where

@@ -16,6 +16,7 @@ import ipaddress
 import itertools
 import logging
 import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -142,7 +143,7 @@ class Port:
             return
         peer = _Peer(next(self._names).to_bytes(8, "big"), accepted)
         self._peers[peer.name] = peer
-        peer.connection.open(self._loop.time())
+        peer.connection.open(time.monotonic())
         self._loop.add_reader(accepted, self._receive, peer)
         self._flush(peer)
 
@@ -157,7 +158,7 @@ class Port:
 
     def _tick(self) -> None:
         self._ticker = self._loop.call_later(TICK_S, self._tick)
-        now = self._loop.time()
+        now = time.monotonic()
         for peer in list(self._peers.values()):
             if now >= peer.connection.due_s:
                 try:
@@ -176,7 +177,7 @@ class Port:
             if not count:
                 self._lose(peer)
                 return
-            connection.heard_s = self._loop.time()
+            connection.heard_s = time.monotonic()
             if connection.left:
                 connection.passed(count)
                 peer.filled += count

@@ -17,6 +17,8 @@ from kvmesh.transport.limits import (
     MESH_PROTOCOL_VERSION,
 )
 from kvmesh.transport.zmq import ZmqTransport, open_zmq
+from kvmesh.transport.zmq_links import Link
+from kvmesh.transport.zmq_reads import Active
 from tests.transport.ends import LONG_S, Chunks, echo
 
 V = MESH_PROTOCOL_VERSION
@@ -31,6 +33,11 @@ async def transport(source: Chunks | None = None) -> AsyncIterator[ZmqTransport]
     finally:
         await opened.close()
     assert source is None or source.out == 0
+
+
+def bulk_links(reader: ZmqTransport) -> list[Link[Active]]:
+    """The connections over which a transport reads, whoever receives."""
+    return [*reader._bulk._links, *reader._small._links]
 
 
 class Stranger:

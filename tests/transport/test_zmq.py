@@ -23,7 +23,7 @@ from kvmesh.transport.zmq import ZmqTransport, open_zmq
 from kvmesh.transport.zmq_sockets import LoopSocket
 from tests.support.waiting import wait_until_async
 from tests.transport.ends import LONG_S, Chunks, collect, echo, key, two, wants
-from tests.transport.strangers import transport
+from tests.transport.strangers import bulk_links, transport
 
 
 # --- the port ----------------------------------------------------------------------------------------------------
@@ -123,6 +123,7 @@ def test_a_connection_that_never_comes_is_lost(monkeypatch: pytest.MonkeyPatch) 
     asyncio.run(main())
 
 
+@pytest.mark.usefixtures("receiver")
 def test_idle_connections_are_closed_and_opened_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zmq_calls, "LINK_IDLE_S", 0.02)
     monkeypatch.setattr(zmq_links, "LINK_IDLE_S", 0.02)
@@ -136,7 +137,7 @@ def test_idle_connections_are_closed_and_opened_again(monkeypatch: pytest.Monkey
                 assert await reader.call(holder.address, b"x", timeout_s=LONG_S) == b"x"
                 assert len(await collect(reader.read(holder.address, wants([0], 10), deadline_s=LONG_S))) == 1
                 await wait_until_async(lambda: not reader._caller._links, LONG_S, "the control connection is closed")
-                await wait_until_async(lambda: not list(reader._bulk._links), LONG_S, "the bulk connection is closed")
+                await wait_until_async(lambda: not bulk_links(reader), LONG_S, "the bulk connection is closed")
             assert reader.stats().peers_lost == 0
 
     asyncio.run(main())
@@ -149,13 +150,13 @@ def test_reads_at_once_spread_over_a_bounded_number_of_connections() -> None:
         async with transport(source) as holder, transport() as reader:
             reads = [collect(reader.read(holder.address, wants(range(8), MIB), deadline_s=LONG_S)) for _ in range(5)]
             assert [len(landings) for landings in await asyncio.gather(*reads)] == [8] * 5
-            assert len(list(reader._bulk._links)) == 2
+            assert len(bulk_links(reader)) == 2
 
     asyncio.run(main())
 
 
-def test_a_failure_of_the_thread_ends_its_reads(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_failure_of_our_own_ends_the_reads(
+    receiver: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError
@@ -170,7 +171,8 @@ def test_a_failure_of_the_thread_ends_its_reads(
             assert await reader.call(holder.address, b"calls go on", timeout_s=LONG_S) == b"calls go on"
 
     asyncio.run(main())
-    assert "the bulk thread failed" in caplog.text
+    assert ("the bulk thread failed" if receiver == "thread" else "reads failed by an error of our own") in caplog.text
+    caplog.clear()  # its tracebacks refer to buffers
 
 
 def test_a_message_that_is_gone_again_is_none() -> None:

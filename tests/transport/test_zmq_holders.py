@@ -29,6 +29,7 @@ from tests.support.waiting import wait_until_async
 from tests.transport.ends import LONG_S, collect, outcomes, wants
 from tests.transport.strangers import peer, transport
 
+pytestmark = pytest.mark.usefixtures("receiver")
 V = MESH_PROTOCOL_VERSION
 
 

@@ -12,7 +12,7 @@ import threading
 import pytest
 import zmq
 
-from kvmesh.transport import zmq_bulk, zmq_links, zmq_reads, zmtp
+from kvmesh.transport import zmq_links, zmq_names, zmq_reads, zmtp
 from kvmesh.transport.checksum import bound, checksum
 from kvmesh.transport.counters import Counters
 from kvmesh.transport.frames import (
@@ -32,8 +32,9 @@ from kvmesh.transport.limits import FRAME_BYTES_MAX, KIB, MESH_PROTOCOL_VERSION,
 from kvmesh.transport.zmq_bulk import BulkThread
 from tests.support.waiting import wait_until_async
 from tests.transport.ends import LONG_S, Chunks, collect, key, outcomes, pattern, wants
-from tests.transport.strangers import Stranger, frames, peer, plain_peer, transport
+from tests.transport.strangers import Stranger, bulk_links, frames, peer, plain_peer, transport
 
+pytestmark = pytest.mark.usefixtures("receiver")
 V = MESH_PROTOCOL_VERSION
 CONTENT = pattern(3, 3000)
 SUM = checksum(CONTENT)
@@ -227,7 +228,7 @@ def test_what_is_not_ours_ends_the_connection(said: bytes) -> None:
             assert await collect(reader.read(address, wanted, deadline_s=1000)) == {}
             assert bytes(wanted[0].into) == UNTOUCHED
             assert (reader.stats().malformed, reader.stats().peers_lost) == (1, 1)
-            assert not list(reader._bulk._links)
+            assert not bulk_links(reader)
 
     asyncio.run(main())
 
@@ -261,7 +262,7 @@ def test_a_quiet_connection_lives_by_heartbeats_of_both_ends(monkeypatch: pytest
             async with transport() as reader:
                 task = asyncio.create_task(collect(reader.read(address, wants([0], 3000), deadline_s=LONG_S)))
                 identity, *_ = await holder.hear()
-                (link,) = reader._bulk._links
+                (link,) = bulk_links(reader)
                 began_s = link.connection.heard_s
                 await wait_until_async(
                     lambda: link.connection.heard_s > began_s + 2.5,
@@ -395,8 +396,8 @@ def test_a_name_that_takes_long_holds_nobody_up(monkeypatch: pytest.MonkeyPatch)
         assert (host, port) == ("some.host", 80)
         go_on.wait(LONG_S)
 
-    monkeypatch.setattr(zmq_bulk, "named", slow)
-    monkeypatch.setattr(zmq_bulk, "NAMES_AT_ONCE_MAX", 2)
+    monkeypatch.setattr(zmq_names, "named", slow)
+    monkeypatch.setattr(zmq_names, "NAMES_AT_ONCE_MAX", 2)
 
     async def main() -> None:
         source = Chunks()
@@ -420,7 +421,7 @@ def test_a_name_that_comes_after_the_end_is_ignored(monkeypatch: pytest.MonkeyPa
         asked.set()
         go_on.wait(LONG_S)
 
-    monkeypatch.setattr(zmq_bulk, "named", slow)
+    monkeypatch.setattr(zmq_names, "named", slow)
 
     async def main() -> None:
         async with transport() as reader:
