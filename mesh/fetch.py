@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,14 +69,17 @@ class Ask:
 class Flight:
     """One chunk on its way, and the owners who get a lease of it when it lands."""
 
-    __slots__ = ("chunk", "done", "fetch", "kept", "key", "waiters")
+    __slots__ = ("chunk", "fate", "fetch", "kept", "key", "waiters", "watchers")
 
     def __init__(self, key: bytes) -> None:
         self.key = key
         """What it is stored under."""
         self.chunk: Chunk | None = None
-        self.done: asyncio.Future[Fate] = asyncio.get_running_loop().create_future()
+        self.fate: Fate | None = None
+        """How it ended; None while it is on its way."""
         self.waiters: list[Owner] = []
+        self.watchers: list[Callable[[], None]] = []
+        """Called once when it has ended, after all that ended with it."""
         self.kept = False
         """It goes on when nobody waits for it: somebody has asked for it ahead of time. The fetch itself has a lease of
         what landed until it is over, so that the chain's end does not evict its front."""
@@ -112,6 +115,7 @@ class Fetcher:
         self._flights: dict[bytes, Flight] = {}
         self._fetches: set[Fetch] = set()
         self._reads: set[Read] = set()
+        self._told: deque[Callable[[], None]] = deque()
         self._warned: dict[str, float] = {}
         self._closed = False
 
@@ -138,7 +142,7 @@ class Fetcher:
                     break
                 flight = Flight(stored[key])
                 if refused:
-                    flight.done.set_result(Fate.PRICE if self.clock() < ask.deadline else Fate.DEADLINE)
+                    flight.fate = Fate.PRICE if self.clock() < ask.deadline else Fate.DEADLINE
                     joined[key] = flight
                     break
                 flights.append(flight)
@@ -178,7 +182,7 @@ class Fetcher:
     def leave(self, owner: Owner, flight: Flight) -> None:
         """`owner` does not wait for the flight any more; a lease that it got by it goes back. A fetch that nobody waits
         for ends."""
-        if not flight.done.done():
+        if flight.fate is None:
             flight.waiters.remove(owner)
             if not flight.waiters and flight.fetch is not None:
                 flight.fetch.left()
@@ -218,9 +222,17 @@ class Fetcher:
 
     def end(self, flight: Flight, fate: Fate) -> None:
         """The flight is over."""
-        if not flight.done.done():
+        if flight.fate is None:
             del self._flights[flight.key]
-            flight.done.set_result(fate)
+            flight.fate = fate
+            if flight.watchers:
+                self._told += flight.watchers
+                flight.watchers = []
+
+    def tell(self) -> None:
+        """Tell those who watch what has ended."""
+        while self._told:
+            self._told.popleft()()
 
     def over(self, fetch: Fetch) -> None:
         """A fetch has no flight left."""

@@ -91,6 +91,7 @@ class Fetch:
             self.stop()
         finally:
             self._busy = False
+        self.fetcher.tell()
 
     def stop(self) -> None:
         """End everything."""
@@ -99,6 +100,8 @@ class Fetch:
         for read in self._reads.values():
             read.drop(late=False)
         self._finish()
+        if not self._busy:
+            self.fetcher.tell()
 
     def left(self) -> None:
         """Nobody waits for one of the flights any more. Soon, when a get has left all of its own, look whether any is
@@ -109,7 +112,7 @@ class Fetch:
 
     def _stop_unwanted(self) -> None:
         self._left = False
-        pending = [flight for flight in self.flights if not flight.done.done()]
+        pending = [flight for flight in self.flights if flight.fate is None]
         if pending and not any(flight.waiters or flight.kept for flight in pending):
             self.stop()
 

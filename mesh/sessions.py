@@ -4,9 +4,8 @@ A session is the owner of what its client reserved in the store, and has a grant
 (`leases.py`). When the connection closes (the client exits, crashes, is killed, or breaks the protocol) everything goes
 back at once: the kernel tells us.
 
-Requests that need no peer are answered where they arrive, without a task. A `Get` or a question that waits for peers is
-a task of its own, so one slow chain never holds up the requests behind it; a connection has at most
-`CLIENT_REQUESTS_MAX` of them.
+Requests that need no peer are answered where they arrive. A `Get` or a question that waits for peers goes on by itself,
+so one slow chain never holds up the requests behind it; a connection has at most `CLIENT_REQUESTS_MAX` of them.
 Runs on the agent's loop. It never touches chunk bytes.
 """
 
@@ -84,6 +83,7 @@ class Session(asyncio.Protocol):
         self._transport: asyncio.Transport
         self._welcomed = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._gettings: set[Getting] = set()
         self._hello_timer: asyncio.TimerHandle
 
     # --- called by asyncio -----------------------------------------------------------------------------------------
@@ -96,6 +96,8 @@ class Session(asyncio.Protocol):
         self._hello_timer.cancel()
         for task in self._tasks:
             task.cancel()
+        for getting in list(self._gettings):
+            getting.cancel()
         self._desk.grants.end_session(self._number)
         self._desk.store.drop_owner(self)
         self._on_gone(self)
@@ -187,7 +189,7 @@ class Session(asyncio.Protocol):
                 answer = self._desk.queries.answer(request.body)
                 if isinstance(answer, bytes):
                     return protocol.Answer(request.id, answer)
-                if len(self._tasks) >= CLIENT_REQUESTS_MAX:
+                if self._is_busy:
                     raise CallerError("this connection has too many requests open: wait for some to end")
                 self._spawn(self._answer_later(request.id, answer))
                 return None
@@ -244,7 +246,12 @@ class Session(asyncio.Protocol):
         deadline = time.monotonic() + _bounded(request.deadline_s)
         ask = _ask(space, deadline, request.prefill_tokens_per_s, None)
         flights = self._desk.fetcher.want(None, keys, ask).values()
-        return sum(not flight.done.done() for flight in flights)  # one that is done already was refused
+        return sum(flight.fate is None for flight in flights)  # one that is done already was refused
+
+    @property
+    def _is_busy(self) -> bool:
+        """As many requests as it may have wait for peers."""
+        return len(self._tasks) + len(self._gettings) >= CLIENT_REQUESTS_MAX
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """What waits for peers is a task; it ends with the connection."""
@@ -270,25 +277,24 @@ class Session(asyncio.Protocol):
         grant = desk.grants.open(self._number, request.id, request.lease_s, now)
         held = take_local(desk.store, grant, keys, part)
         complete = len(held) == len(keys)
-        if self._leased() > OWNED_CHUNKS_MAX or (not complete and len(self._tasks) >= CLIENT_REQUESTS_MAX):
+        if self._leased() > OWNED_CHUNKS_MAX or (not complete and self._is_busy):
             desk.grants.end(self._number, request.id)
             raise CallerError("this connection has too many requests or leases open: wait for some to end")
         if complete:
             self._send(report(request.id, list(held.values()), part, final=True, why=Fate.LANDED.value))
-            if not held:
+            if not held:  # an empty chain: nothing will be released
                 self._done(grant)
         else:
             ask = _ask(space, now + _bounded(request.deadline_s), request.prefill_tokens_per_s, part)
-            getting = Getting(request.id, desk.store, desk.fetcher, self._send, grant, keys, held, ask)
-            self._spawn(self._finish(getting))
+            getting = Getting(request.id, desk.store, desk.fetcher, self._send, self._got, grant, keys, held, ask)
+            self._gettings.add(getting)
+            grant.busy = True
+            getting.begin()
 
-    async def _finish(self, getting: Getting) -> None:
-        getting.grant.busy = True
-        try:
-            await getting.run()
-        finally:
-            getting.grant.busy = False
-            self._done(getting.grant)
+    def _got(self, getting: Getting) -> None:
+        self._gettings.discard(getting)
+        getting.grant.busy = False
+        self._done(getting.grant)
 
     def _done(self, grant: Grant) -> None:
         """A grant of which nothing is leased any more, and nothing will be, is over."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,16 @@ LARGE = kvmesh.Namespace(model="m", revision="r", dtype="float32", layers=8, kv_
 
 
 content = functools.cache(tensor)
+
+
+async def ended(flight: Flight) -> Fate:
+    """How a flight ended, when it has."""
+    if flight.fate is None:
+        done = asyncio.Event()
+        flight.watchers.append(done.set)
+        await done.wait()
+    assert flight.fate is not None
+    return flight.fate
 
 
 def reader(
@@ -48,7 +59,7 @@ def fetch(agents: LocalAgents, r: Agent, keys: Sequence[bytes], what: Ask) -> li
     """How the flights of `keys` end."""
 
     async def work() -> list[Fate]:
-        return [await flight.done for flight in r.fetcher.want(None, keys, what).values()]
+        return [await ended(flight) for flight in r.fetcher.want(None, keys, what).values()]
 
     return agents.run(work())
 

@@ -23,6 +23,7 @@ from tests.mesh.fetch_support import (
     ask,
     at_rest,
     content,
+    ended,
     fetch,
     flip,
     reader,
@@ -187,7 +188,7 @@ def test_the_price_is_asked_for_what_nobody_fetches_yet(agents: LocalAgents) -> 
     flights = agents.do(more)
     assert list(flights) == chain[:6]
     assert all(flights[key] is joined[key] for key in chain[:5])
-    assert flights[chain[5]].done.result() is Fate.PRICE
+    assert flights[chain[5]].fate is Fate.PRICE
     agents.do(lambda: agents.network.resume("a"))
     agents.wait_for(lambda: r.store.run(chain) == 5)
 
@@ -205,7 +206,7 @@ def test_a_part_lands_under_a_name_of_its_own(agents: LocalAgents) -> None:
         whole = r.fetcher.want(None, chain[:1], ask(SPACE))
         assert whole[chain[0]] is not flights[chain[0]]
         for flight in (*flights.values(), *whole.values()):
-            assert await flight.done is Fate.LANDED
+            assert await ended(flight) is Fate.LANDED
         return flights
 
     flights = agents.run(work())

@@ -19,6 +19,7 @@ from tests.mesh.fetch_support import (
     at_rest,
     at_rest_soon,
     content,
+    ended,
     fetch,
     reader,
     right,
@@ -70,7 +71,7 @@ def test_nobody_waits_for_the_quarantine_of_a_cancelled_read(
     agents.do(lambda: agents.network.resume("a"))
     agents.do(r.fetcher.rates._paths.clear)  # it counts as too slow for anything now
     again = agents.do(lambda: r.fetcher.want(None, chain, ask(SPACE)))
-    agents.wait_for(lambda: all(flight.done.done() for flight in again.values()))
+    agents.wait_for(lambda: all(flight.fate for flight in again.values()))
     assert right(agents, r, SPACE, chain), "into other extents"
     agents.do(let_go.set)
     at_rest(agents, r)
@@ -82,7 +83,7 @@ def test_closing_ends_every_flight(agents: LocalAgents) -> None:
     agents.do(lambda: agents.network.stall("a"))
     flights = agents.do(lambda: r.fetcher.want(None, chain, ask(SPACE)))
     agents.run(r.fetcher.close())
-    assert {flight.done.result() for flight in flights.values()} == {Fate.MISS}
+    assert {flight.fate for flight in flights.values()} == {Fate.MISS}
     assert agents.do(r.store.stats).reserved_chunks == 0
     agents.do(lambda: agents.network.resume("a"))
 
@@ -145,7 +146,7 @@ def test_a_chunk_that_a_client_puts_meanwhile_does_not_end_the_fetch_of_the_rest
         flights = r.fetcher.want(None, chain, ask(SPACE))
         mine = r.store.commit("client", chain[0], 0)
         assert mine is not None
-        fates = [await flight.done for flight in flights.values()]
+        fates = [await ended(flight) for flight in flights.values()]
         assert flights[chain[0]].chunk is mine
         return fates
 
