@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 
 class Fate(enum.StrEnum):
@@ -24,8 +25,7 @@ class Fate(enum.StrEnum):
     """By the rates that were measured, fetching it would take longer than computing it, or than the deadline."""
 
 
-@dataclass(frozen=True, slots=True)
-class Holder:
+class Holder(msgspec.Struct, frozen=True):
     """Someone to read from."""
 
     spans: tuple[range, ...]
@@ -35,52 +35,45 @@ class Holder:
 
 
 # --- events ----------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
-class Begin:
+class Begin(msgspec.Struct, frozen=True):
     """The first event, once."""
 
 
-@dataclass(frozen=True, slots=True)
-class Landed:
+class Landed(msgspec.Struct, frozen=True):
     """A read brought chunks."""
 
     read: int
     chunks: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Missed:
+class Missed(msgspec.Struct, frozen=True):
     """A read will not bring a chunk: not held, wrong bytes, wrong size."""
 
     read: int
     chunk: int
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
+class Held(msgspec.Struct, frozen=True):
     """A chunk that a read was to bring is in the store already."""
 
     read: int
     chunk: int
 
 
-@dataclass(frozen=True, slots=True)
-class NoRoom:
+class NoRoom(msgspec.Struct, frozen=True):
     """There are no extents for these chunks of a read: it does not ask for them."""
 
     read: int
     chunks: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """A read has nothing more to bring, whatever it still owes."""
 
     read: int
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(msgspec.Struct, frozen=True):
     """It is the time that `Wake` named, or later."""
 
 
@@ -88,8 +81,7 @@ Event = Begin | Landed | Missed | Held | NoRoom | Ended | Tick
 
 
 # --- actions ---------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(msgspec.Struct, frozen=True):
     """Read these chunks, in this order, from a holder (a place in the list of holders), into extents of their own."""
 
     read: int
@@ -98,39 +90,34 @@ class Start:
     hedge: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Commit:
+class Commit(msgspec.Struct, frozen=True):
     """What the read brought as these chunks is what counts."""
 
     read: int
     chunks: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Cancel:
+class Cancel(msgspec.Struct, frozen=True):
     """Nothing is wanted of the read any more. `late`: it did not deliver in time."""
 
     read: int
     late: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Lose:
+class Lose(msgspec.Struct, frozen=True):
     """These chunks do not come."""
 
     chunks: tuple[int, ...]
     fate: Fate
 
 
-@dataclass(frozen=True, slots=True)
-class Wake:
+class Wake(msgspec.Struct, frozen=True):
     """Send a `Tick` at this time; it replaces the one before."""
 
     at: float
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
+class Finish(msgspec.Struct, frozen=True):
     """The last action: every chunk is done or lost."""
 
 

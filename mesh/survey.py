@@ -94,13 +94,19 @@ class Surveyor:
 
     def survey(self, keys: Sequence[bytes], now: float) -> Survey:
         """Who holds the chain `keys`, from the front, without a hole."""
-        peers = self._choose(self._walk(keys))
+        peers = self._walk(keys)
+        if len(peers) > 1:
+            peers = self._choose(peers)
         if not peers:
             return Survey(0, [], [], 0.0)
         for peer in peers:
             path = Path(peer.name, self._backend_of(peer.address))
             peer.bytes_per_s = self._rates.one_more(path, now)
             peer.rtt_s = self._rates.rtt_s(path, self._rtt_of(peer.name))
+        if len(peers) == 1:  # as below, for the most frequent case
+            peer = peers[0]
+            count = peer.spans[0].stop
+            return Survey(count, peers, [Stretch(count, peer.bytes_per_s)], peer.rtt_s)
         stretches: list[Stretch] = []
         at = 0
         edges = sorted({edge for peer in peers for span in peer.spans for edge in (span.start, span.stop)} - {0})

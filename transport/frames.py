@@ -312,6 +312,10 @@ def _payload(message: Message, parts: Sequence[bytes]) -> bytes:
 def _check_wanted(message: Read, payload: bytes) -> None:
     count = wanted_count(message.slices, len(payload))
     listed_bytes = count * WANTED.size
+    if not message.slices and count <= SMALL_READ_CHUNKS_MAX:
+        if all(1 <= size <= CHUNK_BYTES_MAX for _, size in WANTED.iter_unpack(payload)):
+            return
+        raise FrameError(f"a wanted chunk has 1 to {CHUNK_BYTES_MAX} bytes")
     sizes = np.frombuffer(payload, "<u8", listed_bytes // 8).reshape(-1, WANTED.size // 8)[:, -1]
     if sizes.min() < 1 or sizes.max() > CHUNK_BYTES_MAX:
         raise FrameError(f"a wanted chunk has 1 to {CHUNK_BYTES_MAX} bytes")
