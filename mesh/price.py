@@ -14,13 +14,13 @@ known of the engine asks for no price at all. Pure functions: no clock, no state
 from __future__ import annotations
 
 from collections.abc import Iterable
-
-import msgspec
+from dataclasses import dataclass
 
 from kvmesh.transport.limits import DEADLINE_OPTIMISM, PRICE_SHARE
 
 
-class Stretch(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Stretch:
     """Chunks of a chain, one after the other, that the same holders have."""
 
     chunks: int

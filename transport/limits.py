@@ -157,10 +157,10 @@ UNSENT_BYTES_MAX: Final = 8 * MIB
 NAMES_AT_ONCE_MAX: Final = 8
 """Host names that are looked up at the same time."""
 LOANS_LOOK_S: Final = 0.01
-"""How often a holder looks which of its lent chunks libzmq is done with. To be told of each would wake the loop for
+"""How often a holder looks which of its lent chunks have been sent. To be told of each would wake the loop for
 each frame."""
 LOANS_RETURN_S: Final = 5.0
-"""How long a closing transport waits for libzmq to be done with the last frames. It takes milliseconds."""
+"""How long a closing transport waits for its lent chunks to come back. It takes milliseconds."""
 INSTANCE_BYTES: Final = 16
 """The random name of one transport, and of one reader's link to it: a restarted peer has another."""
 OFFER_BYTES_MAX: Final = 64 * KIB

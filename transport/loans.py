@@ -1,10 +1,9 @@
-"""Chunks on loan: taken from the source, and kept until libzmq has done with their bytes.
+"""Chunks on loan: taken from the source, and kept until their bytes are sent.
 
-A frame is sent without a copy, so the chunk must stay as it is until libzmq has written the frame to the connection
-or dropped it. pyzmq keeps a reference to the sent buffer until then, and drops it in a thread of its own (its "gc"
-thread). So loans are exported through a numpy array that nothing else refers to: when the array dies, no frame is
-left, and they go back. The array's end is only noted in that thread; the loop, where the source lives, looks every
-`LOANS_LOOK_S` and releases what is noted.
+A frame is sent without a copy, so the chunk must stay as it is until the kernel has the frame, or it was dropped.
+Whoever sends keeps a reference to the buffer until then, in whatever thread. So loans are exported through a numpy
+array that nothing else refers to: when the array dies, no frame is left, and they go back. The array's end is only
+noted in that thread; the loop, where the source lives, looks every `LOANS_LOOK_S` and releases what is noted.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def suspect(source: ChunkSource | None, key: bytes) -> None:
 
 
 class LoansOut:
-    """The loans whose bytes libzmq may still read. Runs on the loop, but for `_note`."""
+    """The loans whose bytes may still be sent. Runs on the loop, but for the end of an array."""
 
     def __init__(self, source: ChunkSource | None) -> None:
         self._loop = asyncio.get_running_loop()

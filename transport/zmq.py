@@ -1,12 +1,13 @@
 """The transport over ZeroMQ: one TCP port that serves peers, and connections to peers for control and for bulk.
 
-    this node                                              a peer
-    Caller      (loop)    DEALER ── calls, answers ──────── ROUTER  Server   (loop): handler, Lender
-    BulkThread  (thread)  ZMTP   ── reads, credit, bulk ───   "
+    this node                                          a peer
+    Caller      (loop)    libzmq ── calls, answers ──── Port (loop, a thread that sends)  Server: handler, Lender
+    SmallReads  (loop)    ZMTP   ── small reads ───────   "
+    BulkThread  (thread)  ZMTP   ── reads, credit, bulk   "
 
-Control and bulk have connections of their own, so a call never waits behind a chunk. The holder's bytes leave from
-the arena in libzmq's threads; the reader's bulk thread speaks ZMTP over plain sockets, and so receives them straight
-into the buffers that wait for them. The loop decides and counts. For now peers are not authenticated (mechanism
+Control and bulk have connections of their own, so a call never waits behind a chunk. Port and readers speak ZMTP over
+plain sockets: so bytes go straight from the arena, and straight into the buffers that wait for them. The loop decides
+and counts. For now peers are not authenticated (mechanism
 NULL), so a transport listens on loopback only. This module puts the parts together; what each does is in its own
 file.
 """

@@ -4,8 +4,8 @@ A message has up to `frame_bytes` of bytes. Large ones go straight from the aren
 own. Short ones (`SMALL_CHUNK_BYTES` and below) go without a copy as well when they follow each other in the arena, as
 chunks do that were put one after the other; else they are copied together into one part. Measured with chunks of
 64 KiB: as one stretch of the arena 3.7 GB/s and 1.1 ms of this thread for 64 MiB; copied together 1.9 GB/s and 9.0 ms;
-without a copy and a part each 1.8 GB/s and 9.2 ms, since each part costs libzmq two writes and pyzmq some 10 us. From
-128 KiB on a part each is as fast as the copy, and takes less of this thread.
+without a copy and a part each 1.8 GB/s and 9.2 ms (libzmq sent then). From 128 KiB on a part each is as fast as the
+copy, and takes less of this thread.
 
 A part of a chunk is sent only after the whole chunk was found to be what was put. That, and the checksum of the part,
 take time: a `step` does a bounded amount of it, and sends nothing as long as it is not done. Wants of one chunk that

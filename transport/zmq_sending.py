@@ -99,8 +99,8 @@ class Sender:
         """The connection is over: send nothing more, and close its socket."""
         outbox.closed = True
         with outbox.lock:
-            handed = outbox.handed
-        if handed:
+            known = outbox.handed or outbox.registered
+        if known:  # to the thread, which may give it back just now
             with contextlib.suppress(OSError):  # so that no system call of the thread waits or succeeds any more
                 outbox.socket.shutdown(socket.SHUT_RDWR)
             self._tell(outbox)
@@ -143,8 +143,7 @@ class Sender:
                 os.eventfd_read(self._wake)
             while self._commands:
                 outbox = self._commands.popleft()
-                if outbox.handed:  # else it is closed already
-                    self._ready.append(outbox)
+                self._ready.append(outbox)
         for _ in range(len(self._ready)):
             outbox = self._ready.popleft()
             if self._push(outbox):
@@ -186,15 +185,14 @@ class Sender:
             self._epoll.register(outbox.socket, events)
 
     def _drop(self, outbox: Outbox) -> None:
-        if not outbox.handed:
-            return  # it was closed by an earlier word
+        """Close it; a second time does nothing."""
         if outbox.registered:
+            outbox.registered = False
             del self._by_fd[outbox.socket.fileno()]
             self._epoll.unregister(outbox.socket)
         outbox.queue.clear()
         outbox.sending.clear()
         outbox.socket.close()
-        outbox.handed = False
 
 
 def _send(outbox: Outbox) -> None:

@@ -1,9 +1,9 @@
 """ZeroMQ sockets as the `zmq` transport wants them: every option with its reason, and sockets on the asyncio loop.
 
-Options that all sockets share: bounded queues (`SNDHWM`, `RCVHWM`), no lingering, a bound on a frame's size,
-heartbeats by libzmq's threads, TCP keepalive, a bound on the handshake. `TCP_MAXRT` ends a connection whose other end
-takes no byte for `SERVED_READ_IDLE_S`: heartbeats alone do not see a peer that talks and never reads, and its unsent
-frames hold loans.
+The connections on which this node calls others are libzmq's. The options that all of them share: bounded queues
+(`SNDHWM`, `RCVHWM`), no lingering, a bound on a frame's size, heartbeats by libzmq's threads, TCP keepalive, a bound on
+the handshake. `TCP_MAXRT` ends a connection whose other end takes no byte for `SERVED_READ_IDLE_S`: heartbeats alone do
+not see a peer that talks and never reads.
 
 libzmq never reconnects here (`RECONNECT_IVL` -1). A lost connection ends what hangs on it at once, and the next call
 or read opens a new one: so a refused connection is an answer rather than a silence, and there is no backoff to bound.
