@@ -27,6 +27,7 @@ from typing import Any
 
 from kvmesh.arena import Arena
 from kvmesh.discovery import Run
+from kvmesh.extents import aligned
 from kvmesh.fetching import Fetch, Read
 from kvmesh.keys import part_key
 from kvmesh.price import worth
@@ -81,8 +82,7 @@ class Flight:
         self.watchers: list[Callable[[], None]] = []
         """Called once when it has ended, after all that ended with it."""
         self.kept = False
-        """It goes on when nobody waits for it: somebody has asked for it ahead of time. The fetch itself has a lease of
-        what landed until it is over, so that the chain's end does not evict its front."""
+        """It goes on when nobody waits for it: somebody has asked for it ahead of time."""
         self.fetch: Fetch | None = None
 
 
@@ -116,6 +116,7 @@ class Fetcher:
         self._fetches: set[Fetch] = set()
         self._reads: set[Read] = set()
         self._told: deque[Callable[[], None]] = deque()
+        self._telling = False
         self._warned: dict[str, float] = {}
         self._closed = False
 
@@ -133,6 +134,8 @@ class Fetcher:
         refused = False
         if fresh and len(self._fetches) < FETCHES_MAX and not self._closed:
             count, refused, peers = self._prospect(fresh, ask)
+            if owner is None:  # nobody leases what lands: more than fits would evict its own front
+                count = min(count, self.store.room_bytes() // aligned(ask.size_bytes))
         flights: list[Flight] = []
         joined: dict[bytes, Flight] = {}
         for key in keys:
@@ -157,7 +160,6 @@ class Fetcher:
             for flight in flights:
                 flight.fetch = fetch
             self._fetches.add(fetch)
-            self.store.add_owner(fetch)
             fetch.begin()
         return joined
 
@@ -216,8 +218,6 @@ class Fetcher:
         now = self.clock()
         for waiter in flight.waiters:
             self.store.lease(waiter, flight.key, now)
-        if flight.kept:
-            self.store.lease(flight.fetch, flight.key, now)
         self.end(flight, Fate.LANDED)
 
     def end(self, flight: Flight, fate: Fate) -> None:
@@ -231,13 +231,18 @@ class Fetcher:
 
     def tell(self) -> None:
         """Tell those who watch what has ended."""
-        while self._told:
-            self._told.popleft()()
+        if self._telling:
+            return  # by one of them: the rest is told when that one is done
+        self._telling = True
+        try:
+            while self._told:
+                self._told.popleft()()
+        finally:
+            self._telling = False
 
     def over(self, fetch: Fetch) -> None:
         """A fetch has no flight left."""
         self._fetches.discard(fetch)
-        self.store.drop_owner(fetch)
 
     def opened(self, read: Read) -> None:
         """A read is under way."""

@@ -116,7 +116,7 @@ def divide(
     """
     if len(sources) == 1:
         source = sources[0]
-        if source.reads >= PLAN_READS_PER_HOLDER_MAX or source.out > source.low:
+        if source.reads >= PLAN_READS_PER_HOLDER_MAX + urgent or (source.out > source.low and not urgent):
             return [], waiting
         # The first one is short: while it is on its way the next is made ready, which takes time for many small chunks.
         share = PLAN_SHARE_CHUNKS_MAX if source.asked else PLAN_SHARE_CHUNKS_MAX // 4

@@ -256,6 +256,11 @@ class Store:
         held = belongings.leases.get(offset) if belongings is not None else None
         return held[0] if held is not None else None
 
+    def room_bytes(self) -> int:
+        """What reservations could take now: all that is not leased, pinned, reserved or out of use."""
+        reserved = sum(aligned(reservation.size_bytes) for reservation in self._reserved.values())
+        return self.capacity_bytes - sum(map(aligned, self._kept.values())) - reserved
+
     def leased_at(self, owner: Owner) -> Collection[int]:
         """Where the chunks lie that `owner` has leases of: to look at."""
         belongings = self._owners.get(owner)

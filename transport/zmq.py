@@ -47,10 +47,10 @@ class ZmqTransport:
         listening, self._address = listen(host, port)
         sockets = Sockets()
         self._on_loop, self._in_thread = Counters(), Counters()
-        self._server = Server(listening, source, handler, self._on_loop)
+        self._bulk = BulkThread(self._in_thread, sockets.close)  # it may block: not on the loop
         self._caller = Caller(sockets, self._on_loop)
         self._small = SmallReads(self._on_loop)
-        self._bulk = BulkThread(self._in_thread, sockets.close)  # it may block: not on the loop
+        self._server = Server(listening, source, handler, self._on_loop)  # last: from here on peers are heard
         self._closing: asyncio.Task[None] | None = None
 
     @property

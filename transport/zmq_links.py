@@ -4,8 +4,8 @@ They are plain sockets that speak ZMTP (zmtp.py) to the peer's ROUTER, so that b
 what comes on them is not looked at here. Nothing waits: connecting, sending and receiving are done as far as they go,
 and `wait` tells when they go further. A host that is a name is looked up by somebody else, and the connection waits for
 the answer like any other. A peer has at most `BULK_LINKS_PER_PEER_MAX` connections; a read goes to the one with the
-fewest reads. Used by one thread at a time, or by
-the loop.
+fewest reads. Used by one thread, or by the
+loop.
 """
 
 from __future__ import annotations
@@ -62,8 +62,6 @@ class Link(Generic[R]):
     closed: bool = False
     watched: int = 0
     """What the socket is waited for."""
-    awaited_bytes: int = 1
-    """It is readable once so many bytes are there."""
     reads: dict[int, R] = field(default_factory=dict)
     coming: R | None = None
     """The read whose bytes come next. With None the bytes are nobody's."""
@@ -78,12 +76,6 @@ class Link(Generic[R]):
         if not count:
             raise ConnectionError("closed by the peer")
         return count
-
-    def await_bytes(self, count: int) -> None:
-        """Be readable only when so many bytes are there, or the connection has ended. They must be certain to come."""
-        if count != self.awaited_bytes and self.socket is not None:
-            self.awaited_bytes = count
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, count)
 
     @property
     def due_s(self) -> float:
@@ -232,7 +224,6 @@ class Links(Generic[R]):
     def _tick(self, link: Link[R], now: float) -> bool:
         if not link.connected:
             return now - link.opened_s < CONNECT_TIMEOUT_S
-        link.await_bytes(1)  # on a slow path what is waited for may take longer than the silence that we bear
         try:
             link.connection.tick(now)
         except ZmtpError:

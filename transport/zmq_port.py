@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
+import numpy as np
+
 from .counters import Counters
 from .errors import SettingsError
 from .limits import (
@@ -38,6 +40,8 @@ log = logging.getLogger(__name__)
 TICK_S: Final = HEARTBEAT_INTERVAL_S / 4
 """How often the connections are looked over for heartbeats, and for those that fell silent."""
 ACCEPTS_PER_TURN: Final = 64
+EVENTS_PER_TURN: Final = 16
+"""Frames of one connection that are taken before others, and the loop, get their turn."""
 BACKLOG: Final = 512
 
 
@@ -52,7 +56,7 @@ class GoneError(Exception):
 class _Peer:
     """One connection."""
 
-    __slots__ = ("closed", "connection", "filled", "head", "name", "outbox", "payload", "socket")
+    __slots__ = ("closed", "connection", "filled", "head", "name", "outbox", "payload", "socket", "waits")
 
     def __init__(self, name: bytes, accepted: socket.socket) -> None:
         self.name = name
@@ -64,6 +68,8 @@ class _Peer:
         self.filled = 0
         """Bytes of the payload that have come."""
         self.closed = False
+        self.waits = False
+        """What has left the socket already is taken in the next turn: nothing else would tell of it."""
 
 
 class Port:
@@ -169,24 +175,12 @@ class Port:
 
     # --- what comes --------------------------------------------------------------------------------------------------
     def _receive(self, peer: _Peer) -> None:
-        """Take in what one system call brings. There is no more then that nothing would tell of."""
-        connection = peer.connection
+        if not peer.waits:
+            self._guarded(peer, self._receive_some)
+
+    def _guarded(self, peer: _Peer, act: Callable[[_Peer], None]) -> None:
         try:
-            room = peer.payload[peer.filled :] if connection.left else connection.room()
-            count = peer.socket.recv_into(room)
-            if not count:
-                self._lose(peer)
-                return
-            connection.heard_s = time.monotonic()
-            if connection.left:
-                connection.passed(count)
-                peer.filled += count
-                if connection.left:
-                    return
-                self._deliver(peer, [peer.head, bytes(peer.payload)])
-            else:
-                connection.received(count)
-            self._take(peer)
+            act(peer)
         except BlockingIOError:
             pass
         except ZmtpError as error:
@@ -196,10 +190,36 @@ class Port:
         except OSError:
             self._lose(peer)
 
+    def _receive_some(self, peer: _Peer) -> None:
+        """Take in what one system call brings."""
+        connection = peer.connection
+        room = peer.payload[peer.filled :] if connection.left else connection.room()
+        count = peer.socket.recv_into(room)
+        if not count:
+            self._lose(peer)
+            return
+        connection.heard_s = time.monotonic()
+        if not connection.left:
+            connection.received(count)
+        else:
+            connection.passed(count)
+            peer.filled += count
+            if connection.left:
+                return
+            self._deliver(peer, [peer.head, bytes(peer.payload)])
+        self._take(peer)
+
+    def _go_on(self, peer: _Peer) -> None:
+        peer.waits = False
+        if not peer.closed:
+            self._guarded(peer, self._take)
+
     def _take(self, peer: _Peer) -> None:
         """Take what the stage has."""
         connection = peer.connection
-        while not peer.closed:
+        for _ in range(EVENTS_PER_TURN):
+            if peer.closed:
+                return
             event = connection.next()
             if event is None:
                 self._flush(peer)
@@ -211,7 +231,7 @@ class Port:
                 if len(staged) == event.size_bytes:
                     self._deliver(peer, [peer.head, bytes(staged)])
                     continue
-                peer.payload = memoryview(bytearray(event.size_bytes))
+                peer.payload = np.empty(event.size_bytes, np.uint8).data  # pages that are not touched cost nothing
                 peer.filled = len(staged)
                 peer.payload[: peer.filled] = staged
                 self._flush(peer)
@@ -220,9 +240,13 @@ class Port:
                 peer.head = event.data
             else:
                 self._deliver(peer, [event.data])
+        self._flush(peer)
+        peer.waits = True
+        self._loop.call_soon(self._go_on, peer)
 
     def _deliver(self, peer: _Peer, parts: list[bytes]) -> None:
         peer.payload = memoryview(b"")
+        self._flush(peer)  # before any answer: the handshake may have ended with the same bytes
         self._on_message(peer.name, parts)
 
     def _flush(self, peer: _Peer) -> None:

@@ -169,8 +169,6 @@ class Reads:
                     count = link.receive([connection.room()])
                     connection.received(count)
                 if not count:
-                    # To be woken for each packet of a large body would cost more than to receive it.
-                    link.await_bytes((min(connection.left, PIECE_BYTES) if link.coming else 0) or 1)
                     self._links.flush(link)
                     return False
                 share -= count

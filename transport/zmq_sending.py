@@ -36,7 +36,7 @@ BUFFERS_PER_CALL: Final = 256
 class Outbox:
     """What waits to go out of one connection."""
 
-    __slots__ = ("closed", "handed", "lock", "queue", "registered", "sending", "socket")
+    __slots__ = ("broken", "closed", "handed", "lock", "queue", "registered", "sending", "socket")
 
     def __init__(self, opened: socket.socket) -> None:
         self.socket = opened
@@ -47,6 +47,8 @@ class Outbox:
         self.handed = False
         """It belongs to the thread. Both this and "the queue is empty" change under the lock alone."""
         self.closed = False
+        self.broken = False
+        """Sending failed, perhaps in the middle of a frame: nothing can follow."""
         self.registered = False
         self.lock = threading.Lock()
 
@@ -71,12 +73,18 @@ class Sender:
         self._by_fd: dict[int, Outbox] = {}
         self._ready: deque[Outbox] = deque()
         self._thread = threading.Thread(target=self._run, name="kvmesh-send", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:  # this process has no thread left
+            self._epoll.close()
+            os.close(self._wake)
+            raise
 
     # --- called on the loop ----------------------------------------------------------------------------------------
     def send(self, outbox: Outbox, buffers: Sequence[Buffer]) -> None:
-        """Send these bytes, after those that were given before. An error is left for whoever reads the socket."""
-        if outbox.closed:
+        """Send these bytes, after those that were given before. After an error, whoever reads the socket hears of its
+        end."""
+        if outbox.closed or outbox.broken:
             return
         with outbox.lock:
             if outbox.handed:
@@ -89,7 +97,7 @@ class Sender:
             except BlockingIOError:
                 pass
             except OSError:
-                outbox.sending.clear()
+                _spoil(outbox)
             if not outbox.sending:
                 return
         outbox.handed = True
@@ -142,12 +150,17 @@ class Sender:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake)
             while self._commands:
-                outbox = self._commands.popleft()
-                self._ready.append(outbox)
+                self._ready.append(self._commands.popleft())
         for _ in range(len(self._ready)):
             outbox = self._ready.popleft()
-            if self._push(outbox):
-                self._ready.append(outbox)
+            try:
+                more = self._push(outbox)
+            except Exception:
+                log.exception("a connection is lost by an error of our own")
+                _spoil(outbox)
+            else:
+                if more:
+                    self._ready.append(outbox)
 
     def _push(self, outbox: Outbox) -> bool:
         """Send a turn's worth. Whether there may be more that goes now."""
@@ -164,15 +177,14 @@ class Sender:
         except BlockingIOError:
             self._await(outbox)
             return False
-        except OSError:  # whoever reads the socket hears of it as well, and closes the outbox
-            sending.clear()
-            queue.clear()
+        except OSError:
+            _spoil(outbox)
         if sending:
             self._await(outbox)
             return False
         with outbox.lock:
-            outbox.handed = bool(queue)
-        return outbox.handed
+            more = outbox.handed = bool(queue)
+        return more  # not what stands there by now: without the lock it is the loop's to change
 
     def _await(self, outbox: Outbox) -> None:
         """Until the socket takes more."""
@@ -193,6 +205,15 @@ class Sender:
         outbox.queue.clear()
         outbox.sending.clear()
         outbox.socket.close()
+
+
+def _spoil(outbox: Outbox) -> None:
+    """Send nothing more. Whoever reads the socket hears of its end, and closes the outbox."""
+    outbox.broken = True
+    outbox.sending.clear()
+    outbox.queue.clear()
+    with contextlib.suppress(OSError):
+        outbox.socket.shutdown(socket.SHUT_RDWR)
 
 
 def _send(outbox: Outbox) -> None:
