@@ -28,6 +28,7 @@ from .limits import (
     ACCEPT_RETRY_S,
     CONNECTIONS_SERVED_MAX,
     HEARTBEAT_INTERVAL_S,
+    KIB,
     MESSAGE_BYTES_MAX,
     SEND_QUEUE_BUFFERS,
 )
@@ -43,6 +44,9 @@ ACCEPTS_PER_TURN: Final = 64
 EVENTS_PER_TURN: Final = 16
 """Frames of one connection that are taken before others, and the loop, get their turn."""
 BACKLOG: Final = 512
+SAID_BYTES_MAX: Final = 16 * KIB
+"""Of greeting, handshake and answers to PINGs that wait to be sent: what a peer makes us hold that asks and does not
+read."""
 
 
 class FullError(Exception):
@@ -51,6 +55,10 @@ class FullError(Exception):
 
 class GoneError(Exception):
     """There is no such peer any more."""
+
+
+class _Said(bytes):
+    """What ZMTP itself says, to be told from the rest of what waits."""
 
 
 class _Peer:
@@ -254,9 +262,12 @@ class Port:
         outgoing = peer.connection.outgoing
         if not outgoing or peer.closed:
             return
-        if peer.outbox.waiting >= SEND_QUEUE_BUFFERS:
+        said = _Said(outgoing)
+        # All at once, as far as the thread is concerned: it takes from the other end.
+        waiting = sum(len(one) for one in list(peer.outbox.queue) if type(one) is _Said)
+        if waiting + len(said) > SAID_BYTES_MAX or peer.outbox.waiting >= SEND_QUEUE_BUFFERS:
             raise ZmtpError("the peer asks and does not read")
-        self._sender.send(peer.outbox, [bytes(outgoing)])
+        self._sender.send(peer.outbox, [said])
         outgoing.clear()
 
 

@@ -245,8 +245,11 @@ def test_without_a_descriptor_nobody_is_accepted_until_later(closes: bool, monke
     asyncio.run(main())
 
 
-def test_who_asks_and_does_not_read_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zmq_port, "SEND_QUEUE_BUFFERS", 8)
+@pytest.mark.parametrize("bound", ["SEND_QUEUE_BUFFERS", "SAID_BYTES_MAX"])
+def test_who_asks_and_does_not_read_is_closed(bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zmq_port, "SEND_QUEUE_BUFFERS", 1 << 60)
+    monkeypatch.setattr(zmq_port, "SAID_BYTES_MAX", 1 << 60)
+    monkeypatch.setattr(zmq_port, bound, {"SEND_QUEUE_BUFFERS": 8, "SAID_BYTES_MAX": 16 * KIB}[bound])
 
     async def main() -> None:
         async with Node() as node:
