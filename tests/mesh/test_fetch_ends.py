@@ -13,6 +13,7 @@ import torch
 from kvmesh.fetch import Fate, Flight
 from kvmesh.plan import ReadPlan
 from kvmesh.transport.interface import Landing, Reading, Want
+from kvmesh.transport.limits import PLAN_SHARE_CHUNKS_MAX
 from tests.mesh.fetch_support import (
     SPACE,
     ask,
@@ -25,7 +26,7 @@ from tests.mesh.fetch_support import (
     right,
     waiting,
 )
-from tests.support.agents import LocalAgents
+from tests.support.agents import MIB, LocalAgents
 
 
 @pytest.fixture
@@ -242,3 +243,38 @@ def test_an_error_of_our_own_ends_the_fetch_and_leaves_nothing(
     said = caplog.text
     caplog.clear()  # the records have the frames, and these the arena
     assert "error of our own" in said
+
+
+def test_a_prefetch_that_is_longer_than_the_arena_keeps_its_front(agents: LocalAgents) -> None:
+    """It goes in several reads; what a later one brings must not take the place of what an earlier one brought."""
+    chain = SPACE.chain(list(range(160 * 16)))
+    agents.start("a", memory=4 * MIB)
+    agents.mesh("a").put(SPACE, {key: content(SPACE, key[0]) for key in chain})
+    r = agents.start("r", join=("a",), memory=MIB)
+    agents.wait_alive(r, "a")
+    agents.wait(r, lambda: all(r.node.discovery.map.has("a", key) for key in chain))
+    fits = MIB // SPACE.chunk_bytes
+    assert PLAN_SHARE_CHUNKS_MAX // 4 <= fits < len(chain)
+    assert fetch(agents, r, chain, ask(SPACE)) == [Fate.LANDED] * fits
+    assert right(agents, r, SPACE, chain[:fits])
+
+
+def test_those_who_watch_are_told_one_after_the_other(agents: LocalAgents) -> None:
+    """Each may begin a fetch that ends at once: with hundreds of them the stack would not hold."""
+    r = reader(agents, {})
+    told: list[int] = []
+    inside = False
+
+    def watch(number: int) -> None:
+        nonlocal inside
+        assert not inside
+        inside = True
+        told.append(number)
+        if number < 1000:
+            r.fetcher._told.append(lambda: watch(number + 1))
+        r.fetcher.tell()
+        inside = False
+
+    agents.do(lambda: r.fetcher._told.append(lambda: watch(0)))
+    agents.do(r.fetcher.tell)
+    assert told == list(range(1001))

@@ -49,6 +49,15 @@ def test_one_holder_gets_everything_in_few_reads_each_begun_before_the_last_is_d
         assert world.cancels == []
 
 
+def test_a_lone_survivor_is_asked_for_the_front_at_once() -> None:
+    """Also while it still owes most of its own share."""
+    plan = ReadPlan(600, MIB, [Holder((range(600),), 1e9, 0.0)] * 2, 60.0)
+    starts = [action for action in plan.handle(Begin(), 0.0) if isinstance(action, Start)]
+    (dead,) = [start.read for start in starts if 0 in start.chunks]
+    assert len(starts) == 2
+    assert [0 in action.chunks for action in plan.handle(Ended(dead), 0.001) if isinstance(action, Start)] == [True]
+
+
 def test_a_landing_is_committed_and_the_last_one_ends_the_plan() -> None:
     plan = ReadPlan(2, MIB, [Holder((range(2),), None, 0.0)], 5.0)
     assert plan.handle(Begin(), 0.0) == [Start(0, 0, (0, 1)), Wake(5.0)]
