@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import zlib
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -34,3 +36,15 @@ def pytest_report_header(config: pytest.Config) -> str:
 def rng(request: pytest.FixtureRequest) -> random.Random:
     """A random source of the test's own: the same in every run with the same ``--seed``, whatever else runs."""
     return random.Random(request.config.getoption("seed") ^ zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture(autouse=True)
+def _no_log_of_another_test() -> Iterator[None]:
+    """A test that runs the command line sets logging up, to a stream that is closed after it: a later test's record
+    would fail there, and the failure would keep alive whatever it refers to."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
+    for handler in [handler for handler in root.handlers if type(handler) is logging.StreamHandler]:
+        root.removeHandler(handler)
