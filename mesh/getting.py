@@ -31,14 +31,14 @@ log = logging.getLogger(__name__)
 def take_local(store: Store, grant: Grant, keys: Sequence[bytes], part: Slice | None) -> dict[bytes, Chunk]:
     """Lease what of `keys` is held here."""
     now = time.monotonic()
+    if part is None:
+        return {chunk.key: chunk for chunk in store.lease_all(grant, keys, now)}
     held: dict[bytes, Chunk] = {}
     for key in keys:
-        chunk = store.lease(grant, key, now)
-        if chunk is None and part is not None:
-            chunk = store.lease(grant, part_key(key, part), now)
+        chunk = store.lease(grant, key, now) or store.lease(grant, part_key(key, part), now)
         if chunk is not None:
             held[key] = chunk
-    store.touch(keys if part is None else [chunk.key for chunk in held.values()])
+    store.touch([chunk.key for chunk in held.values()])
     return held
 
 

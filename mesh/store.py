@@ -230,6 +230,30 @@ class Store:
         belongings.leases[chunk.offset] = (chunk, 1 if held is None else held[1] + 1)
         return chunk
 
+    def lease_all(self, owner: Owner, chain: Sequence[bytes], now: float) -> list[Chunk]:
+        """`lease` what is held of `chain`, in its order, and `touch` it: one look at each chunk instead of two."""
+        belongings = self._owners.get(owner)
+        if belongings is None:
+            return []
+        chunks, kept, leases = self._chunks, self._kept, belongings.leases
+        leased: list[Chunk] = []
+        for key in reversed(chain):
+            chunk = chunks.get(key)
+            if chunk is None:
+                continue
+            if chunk.expires_s is not None and chunk.expires_s <= now:
+                self._remove(chunk)
+                continue
+            chunks.move_to_end(key)
+            offset = chunk.offset
+            chunk.leases += 1
+            kept[offset] = chunk.size_bytes
+            held = leases.get(offset)
+            leases[offset] = (chunk, 1 if held is None else held[1] + 1)
+            leased.append(chunk)
+        leased.reverse()
+        return leased
+
     def touch(self, chain: Iterable[bytes]) -> None:
         """The chunks of `chain` were used. The front becomes the most recent: a chain without its front is worth
         nothing."""

@@ -74,6 +74,30 @@ def test_abandoned_room_comes_back() -> None:
     assert r.put(2) == 0
 
 
+def test_a_chain_is_leased_as_chunk_by_chunk_and_touched() -> None:
+    """Against `lease` and `touch`, on a store with a gap, an expired chunk and leases of before."""
+    chain = [key(number) for number in (1, 9, 2, 3, 4)]
+    one, all_ = Recorder(4), Recorder(4)
+    for r in (one, all_):
+        for number in (4, 2, 1):
+            r.put(number)
+        r.store.reserve("me", key(3), SPACE, PAGE)
+        r.store.commit("me", key(3), 7, expires_s=5.0)
+        assert r.store.lease("me", key(2), 0.0) is not None
+    expected = [chunk.key for k in chain if (chunk := one.store.lease("you", k, 5.0)) is not None]
+    one.store.touch(chain)
+    assert [chunk.key for chunk in all_.store.lease_all("you", chain, 5.0)] == expected == [key(1), key(2), key(4)]
+    assert all_.told == one.told
+    assert all_.store.stats() == one.store.stats()
+    assert all_.store.lease_all("nobody", chain, 0.0) == []
+    for r in (one, all_):
+        for owner in ("you", "me"):
+            r.store.drop_owner(owner)
+        r.store.add_owner("me")
+        r.put(5, pages=2)
+    assert all_.held() == one.held() == [1, 5], "the front is the last to go"
+
+
 def test_the_least_recently_used_goes_first() -> None:
     r = Recorder(3)
     for number in (1, 2, 3):
