@@ -71,8 +71,7 @@ class Connection:
         data = protocol.frame(message)
         with self._sending:
             self._write(data)
-        if not self._notes.empty():
-            self._flush()
+        self._flush()
 
     def note(self, message: protocol.Message) -> None:
         """Send a frame that has no answer, now or with the next one. Waits for no lock and never raises: for

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-NONE: Final[Mapping[int, int]] = {}
+NO_CHECKSUMS: Final[Mapping[int, int]] = {}
 
 
 class Fetch:
@@ -71,7 +71,7 @@ class Fetch:
         """Start."""
         self.handle(Begin())
 
-    def handle(self, event: Event, checksums: Mapping[int, int] = NONE) -> None:
+    def handle(self, event: Event, checksums: Mapping[int, int] = NO_CHECKSUMS) -> None:
         """Tell the plan, and do what it says. `checksums`: of what has just landed, by place."""
         if self._busy:
             self._found.append(event)  # by an action: it is told when the actions before it are done
@@ -83,7 +83,7 @@ class Fetch:
                 self._do(action, checksums)
             while self._found:
                 for action in self.plan.handle(self._found.popleft(), clock()):
-                    self._do(action, NONE)
+                    self._do(action, NO_CHECKSUMS)
         except Exception:
             # Whoever waits gets a miss at once, and what is under way is closed: nothing of a fetch may be left over.
             log.exception("a fetch failed by an error of our own")

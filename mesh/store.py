@@ -224,10 +224,7 @@ class Store:
         if chunk.expires_s is not None and chunk.expires_s <= now:
             self._remove(chunk)
             return None
-        chunk.leases += 1
-        self._kept[chunk.offset] = chunk.size_bytes
-        held = belongings.leases.get(chunk.offset)
-        belongings.leases[chunk.offset] = (chunk, 1 if held is None else held[1] + 1)
+        self._lease(chunk, belongings)
         return chunk
 
     def lease_all(self, owner: Owner, chain: Sequence[bytes], now: float) -> list[Chunk]:
@@ -235,7 +232,7 @@ class Store:
         belongings = self._owners.get(owner)
         if belongings is None:
             return []
-        chunks, kept, leases = self._chunks, self._kept, belongings.leases
+        chunks, lease = self._chunks, self._lease
         leased: list[Chunk] = []
         for key in reversed(chain):
             chunk = chunks.get(key)
@@ -245,11 +242,7 @@ class Store:
                 self._remove(chunk)
                 continue
             chunks.move_to_end(key)
-            offset = chunk.offset
-            chunk.leases += 1
-            kept[offset] = chunk.size_bytes
-            held = leases.get(offset)
-            leases[offset] = (chunk, 1 if held is None else held[1] + 1)
+            lease(chunk, belongings)
             leased.append(chunk)
         leased.reverse()
         return leased
@@ -351,6 +344,13 @@ class Store:
         )
 
     # --- inside ----------------------------------------------------------------------------------------------------
+    def _lease(self, chunk: Chunk, belongings: _Belongings) -> None:
+        offset, leases = chunk.offset, belongings.leases
+        chunk.leases += 1
+        self._kept[offset] = chunk.size_bytes
+        held = leases.get(offset)
+        leases[offset] = (chunk, 1 if held is None else held[1] + 1)
+
     def _take_reservation(self, owner: Owner, key: bytes) -> _Reservation | None:
         if (key, owner) not in self._reserved:
             return None

@@ -45,7 +45,6 @@ from .interface import Slice, Want
 from .limits import (
     CHAIN_CHUNKS_MAX,
     CHUNK_BYTES_MAX,
-    DIRECT_SEND_BYTES_MAX,
     HEADER_BYTES_MAX,
     ITEM_COST_BYTES,
     ITEMS_PER_MESSAGE_MAX,
@@ -58,6 +57,7 @@ from .limits import (
     SERVED_READ_LEASE_S_MAX,
     SLICE_RUNS_MAX,
     SLICES_PER_READ_MAX,
+    SMALL_READ_BYTES_MAX,
     SMALL_READ_CHUNKS_MAX,
 )
 
@@ -255,11 +255,11 @@ class Wanted:
 
     @property
     def is_small(self) -> bool:
-        """A few chunks, of few bytes together."""
+        """A few chunks, of few bytes together: what a reader reads on its loop as well."""
         if self.count > SMALL_READ_CHUNKS_MAX:
             return False
         bytes_: int = sum(WANTED.unpack_from(self._payload, index * WANTED.size)[1] for index in range(self.count))
-        return bytes_ <= DIRECT_SEND_BYTES_MAX
+        return bytes_ <= SMALL_READ_BYTES_MAX
 
 
 def wanted_count(slices: int, payload_bytes: int) -> int:

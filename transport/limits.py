@@ -122,11 +122,16 @@ IO_THREADS: Final = 1
 ours."""
 CONNECTIONS_SERVED_MAX: Final = 16_384
 """Connections that others have to one mesh port. Each costs a descriptor and some KiB; one beyond it is closed."""
-DIRECT_SEND_BYTES_MAX: Final = 256 * KIB
-"""So little is sent by the loop itself, at once, on a connection where nothing waits: waking a thread takes longer."""
 SMALL_READ_BYTES_MAX: Final = 256 * KIB
 """Reads up to this size are done by the loop: receiving and verifying them takes it some 50 us."""
 SMALL_READ_CHUNKS_MAX: Final = 16
+"""And of so many chunks."""
+DIRECT_SEND_BYTES_MAX: Final = SMALL_READ_BYTES_MAX + HEADER_BYTES_MAX
+"""So little, the answer to a small read, is sent by the loop itself, at once, on a connection where nothing waits:
+waking a thread takes longer."""
+SAID_BYTES_MAX: Final = 16 * KIB
+"""Of greeting, handshake and answers to PINGs that wait to be sent on one connection that is served: what a peer makes
+us hold that asks and does not read."""
 BULK_LINKS_PER_PEER_MAX: Final = 2
 """Connections for bulk to one peer. Reads at the same time spread over them, so that a small read does not wait behind
 all of a large one; for the rate of several reads it is the same (1 measured 0.9-1.0 of 2)."""

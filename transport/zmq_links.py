@@ -4,8 +4,7 @@ They are plain sockets that speak ZMTP (zmtp.py) to the peer's ROUTER, so that b
 what comes on them is not looked at here. Nothing waits: connecting, sending and receiving are done as far as they go,
 and `wait` tells when they go further. A host that is a name is looked up by somebody else, and the connection waits for
 the answer like any other. A peer has at most `BULK_LINKS_PER_PEER_MAX` connections; a read goes to the one with the
-fewest reads. Used by one thread, or by the
-loop.
+fewest reads. Used by one thread, or by the loop.
 """
 
 from __future__ import annotations

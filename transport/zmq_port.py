@@ -28,8 +28,8 @@ from .limits import (
     ACCEPT_RETRY_S,
     CONNECTIONS_SERVED_MAX,
     HEARTBEAT_INTERVAL_S,
-    KIB,
     MESSAGE_BYTES_MAX,
+    SAID_BYTES_MAX,
     SEND_QUEUE_BUFFERS,
 )
 from .zmq_links import OPTIONS
@@ -44,9 +44,6 @@ ACCEPTS_PER_TURN: Final = 64
 EVENTS_PER_TURN: Final = 16
 """Frames of one connection that are taken before others, and the loop, get their turn."""
 BACKLOG: Final = 512
-SAID_BYTES_MAX: Final = 16 * KIB
-"""Of greeting, handshake and answers to PINGs that wait to be sent: what a peer makes us hold that asks and does not
-read."""
 
 
 class FullError(Exception):

@@ -46,7 +46,7 @@ TURN_BYTES: Final = MIB
 """What one connection may bring before the others, and the loop's commands, get their turn; 4 MiB were no faster."""
 FRAME_COST_BYTES: Final = KIB
 """What each frame costs of that beside its bytes: one that has none takes some microseconds as well."""
-GRANTS_PER_WINDOW: Final = 2
+GRANTS_PER_WINDOW: Final = 4
 SCRATCH_BYTES: Final = 64 * KIB
 News = Callable[[Callable[[], None]], None]
 

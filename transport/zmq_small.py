@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -31,7 +32,7 @@ class SmallReads:
         self._links: Links[Active] = Links(Names(self._tell).look_up)
         self._reads = Reads(self._links, counters, self._news.append, (), READ_WINDOW_BYTES)
         self._unfinished: list[Link[Active]] = []
-        self._timer = self._loop.call_later(0.0, lambda: None)
+        self._timer: asyncio.TimerHandle | None = None
         self._loop.add_reader(self._links.fileno(), self._turn)
 
     def start(self, read: BulkRead) -> None:
@@ -50,7 +51,8 @@ class SmallReads:
     def close(self) -> None:
         """End every read, and close the connections."""
         self._closed = True
-        self._timer.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         self._loop.remove_reader(self._links.fileno())
         self._reads.end_all()
         self._links.shut()
@@ -89,10 +91,16 @@ class SmallReads:
         """See to it that there is a turn when something is due, and when there are news."""
         if self._news:
             self._loop.call_soon(self._hear)
-        if self._timer.cancelled() or self._timer.when() <= self._loop.time() or self._links.due_s < self._timer.when():
+        due_s = self._links.due_s
+        if self._timer is not None and due_s < self._timer.when():
             self._timer.cancel()
-            if self._links.due_s < float("inf"):
-                self._timer = self._loop.call_at(self._links.due_s, self._turn)
+            self._timer = None
+        if self._timer is None and due_s < math.inf:
+            self._timer = self._loop.call_at(due_s, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        self._turn()
 
     def _hear(self) -> None:
         for _ in range(len(self._news)):

@@ -10,7 +10,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
@@ -26,12 +25,6 @@ from tests.support.agents import LocalAgents
 from tests.support.waiting import wait_until
 
 SPACE = kvmesh.Namespace(model="m", revision="r", dtype="float32", layers=2, kv_heads=2, head_dim=16, chunk_tokens=16)
-
-
-@pytest.fixture
-def agents(tmp_path: Path) -> Iterator[LocalAgents]:
-    with LocalAgents(tmp_path) as running:
-        yield running
 
 
 def chain_of(count: int, first: int = 0) -> list[bytes]:

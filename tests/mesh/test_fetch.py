@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -30,13 +28,6 @@ from tests.mesh.fetch_support import (
     right,
 )
 from tests.support.agents import MIB, LocalAgents
-
-
-@pytest.fixture
-def agents(tmp_path: Path) -> Iterator[LocalAgents]:
-    with LocalAgents(tmp_path) as running:
-        yield running
-
 
 # --- several holders -------------------------------------------------------------------------------------------------
 MOVES_MIB = pytest.mark.slow  # chains that are worth sharing have 10 MiB, put twice and read once

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -27,12 +26,6 @@ from tests.mesh.fetch_support import (
     waiting,
 )
 from tests.support.agents import MIB, LocalAgents
-
-
-@pytest.fixture
-def agents(tmp_path: Path) -> Iterator[LocalAgents]:
-    with LocalAgents(tmp_path) as running:
-        yield running
 
 
 # --- cancelled reads -------------------------------------------------------------------------------------------------

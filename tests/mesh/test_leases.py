@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,12 +135,6 @@ def test_what_an_answer_means(answer: tuple[int, list[bool]] | None, told: list[
 
 
 # --- both ------------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def agents(tmp_path: Path) -> Iterator[LocalAgents]:
-    with LocalAgents(tmp_path) as running:
-        yield running
-
-
 def put(mesh: kvmesh.Mesh) -> None:
     mesh.put(SPACE, {key: torch.full((2, 2, 2, 16, 16), float(number)) for number, key in enumerate(CHAIN)})
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -103,12 +101,6 @@ def test_a_parts_key_depends_on_every_number_but_the_stride_of_one_run() -> None
     }
     assert len(keys) == 5
     assert part_key(key, Slice(0, 8, 16, 1)) == part_key(key, Slice(0, 8)) != part_key(b"l" * 32, Slice(0, 8))
-
-
-@pytest.fixture
-def agents(tmp_path: Path) -> Iterator[LocalAgents]:
-    with LocalAgents(tmp_path) as running:
-        yield running
 
 
 @pytest.mark.parametrize("given_", PARTS, ids=str)

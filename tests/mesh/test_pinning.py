@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
@@ -66,12 +64,6 @@ def test_a_refusal_is_told_once_and_costs_nothing_else(cudart: Cudart, caplog: p
         assert not pinning.pin(arena, writable=True)
     assert caplog.text.count("cannot register the arena (error 2)") == 1
     arena.close()
-
-
-@pytest.fixture
-def agents(tmp_path: Path) -> Iterator[LocalAgents]:
-    with LocalAgents(tmp_path) as running:
-        yield running
 
 
 def test_a_put_from_a_gpu_registers_the_arena_and_one_from_memory_does_not(

@@ -145,6 +145,21 @@ def outcomes(landings: dict[int, Landing]) -> dict[int, Outcome]:
     return {index: landing.outcome for index, landing in landings.items()}
 
 
+class Endless:
+    """A handler that never answers, and says when it began and when it was ended."""
+
+    def __init__(self) -> None:
+        self.began, self.ended = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, _: bytes) -> bytes:
+        self.began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.ended.set()
+        return b""
+
+
 async def echo(request: bytes) -> bytes:
     """The simplest handler."""
     return request

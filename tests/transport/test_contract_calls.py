@@ -14,6 +14,7 @@ from kvmesh.transport.limits import (
 )
 from tests.transport.ends import (
     LONG_S,
+    Endless,
     Ends,
 )
 
@@ -119,22 +120,13 @@ def test_messages_beyond_the_bound_are_refused(backend: str) -> None:
 
 def test_a_call_given_up_ends_at_the_other_end(backend: str) -> None:
     async def main() -> None:
-        began, ended = asyncio.Event(), asyncio.Event()
-
-        async def handler(_: bytes) -> bytes:
-            began.set()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                ended.set()
-            return b""
-
+        handler = Endless()
         async with Ends(backend) as ends:
             a, b = await ends.open(), await ends.open(handler=handler)
             call = asyncio.create_task(a.call(b.address, b"", timeout_s=LONG_S))
-            await asyncio.wait_for(began.wait(), LONG_S)
+            await asyncio.wait_for(handler.began.wait(), LONG_S)
             call.cancel()
-            await asyncio.wait_for(ended.wait(), LONG_S)
+            await asyncio.wait_for(handler.ended.wait(), LONG_S)
 
     asyncio.run(main())
 

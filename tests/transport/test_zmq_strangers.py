@@ -42,7 +42,7 @@ from kvmesh.transport.limits import (
 from kvmesh.transport.zmq import open_zmq
 from kvmesh.transport.zmq_lend import Lender
 from tests.support.waiting import wait_until_async
-from tests.transport.ends import LONG_S, Chunks, collect, key, wants
+from tests.transport.ends import LONG_S, Chunks, Endless, collect, key, wants
 from tests.transport.strangers import GREETING, READY, Stranger, frames, transport
 
 V = MESH_PROTOCOL_VERSION
@@ -333,25 +333,16 @@ def test_a_reader_that_disappears_is_forgotten() -> None:
     async def main() -> None:
         source = Chunks()
         source.fill(60, MIB)
-        began, ended = asyncio.Event(), asyncio.Event()
-
-        async def handler(_: bytes) -> bytes:
-            began.set()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                ended.set()
-            return b""
-
+        handler = Endless()
         node = await open_zmq("127.0.0.1", 0, source, handler)
         with Stranger(zmq.DEALER, node.address) as reader:
             reader.socket.rcvhwm = 1
             await reader.say(*encode_read(1, READ_WINDOW_BYTES, LONG_S, wants(range(60), MIB)))
             await reader.say(Call(V, 2), b"")
-            await asyncio.wait_for(began.wait(), LONG_S)
+            await asyncio.wait_for(handler.began.wait(), LONG_S)
             await wait_until_async(lambda: node.stats().bytes_served == 15 * MIB, LONG_S, "the window is used up")
             assert node._server.lender.readers
-        await asyncio.wait_for(ended.wait(), LONG_S)
+        await asyncio.wait_for(handler.ended.wait(), LONG_S)
         await wait_until_async(lambda: source.out == 0, LONG_S, "its loans are back")
         assert not node._server.lender.readers
         await node.close()
