@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 from kvmesh.discovery.wire.messages import Ack, Endpoint, IndirectPing, Nack, Ping, Suspect
 from kvmesh.transport.limits import RELAYS_MAX
@@ -24,6 +25,10 @@ from .events import StreamPing
 from .exchanging import Exchanger
 from .nodes import ALIVE, Node
 from .suspicion import Suspicion
+
+NAMESAKE_S: Final = 3.0
+"""So long two processes must be heard from in one name until that is a conflict: packets of an earlier start may come
+after a restart at another address."""
 
 
 @dataclass(slots=True, eq=False)
@@ -244,15 +249,15 @@ class Prober:
             shared.send(self._reply_to(ping, source), answer)
 
     def _on_pinged_by(self, node: Node, ping: Ping, source: Endpoint, now: float) -> None:
-        """A ping in the name of `node`. One from another address may be of a new start that was not heard of yet; when
-        the one at the known address goes on answering, two processes have the name."""
+        """A ping in the name of `node`. One from another address may be of a new start that was not heard of yet, or a
+        late one of an earlier start; when both addresses go on talking, two processes have the name."""
         said = Endpoint(ping.source_ip, ping.source_port)
         if said == node.endpoint:
             node.seen_at = now
         elif said == source and node.state is ALIVE:
             if node.namesake is None or node.namesake[0] != source:
                 node.namesake = (source, now)
-            elif node.seen_at > node.namesake[1]:
+            elif node.seen_at > node.namesake[1] and now - node.namesake[1] >= NAMESAKE_S:
                 self._shared.counters.conflicts += 1
                 self._shared.app.on_conflict(node, source, now)
 

@@ -8,6 +8,7 @@ import pytest
 
 from kvmesh.discovery.swim.base import Change
 from kvmesh.discovery.swim.events import SendPacket, StreamFailed, StreamPing, StreamPinged
+from kvmesh.discovery.swim.probing import NAMESAKE_S
 from kvmesh.discovery.swim.profile import KVMESH_LAN, LAN
 from kvmesh.discovery.wire.messages import Ack, Alive, Endpoint, IndirectPing, Nack, Ping, Suspect
 from kvmesh.transport.limits import RELAYS_MAX
@@ -315,6 +316,19 @@ def test_a_name_at_two_addresses_is_a_conflict_once_both_are_seen_to_run():
         lone.hear(forged, source=at(61))
         lone.run(5.0, silent=())
     assert len(lone.app.conflicts) == 1
+
+
+def test_late_pings_of_an_earlier_start_are_no_conflict():
+    """n3 has started again at another address, and packets of its earlier start are still on their way."""
+    lone = Lone(others=2)
+    late = Ping(9, "n1", *at(50), "n3")
+    lone.hear(late, source=at(50))
+    lone.run(NAMESAKE_S / 2, silent=())  # n3 answers where it is now
+    lone.hear(late, source=at(50))
+    assert lone.app.conflicts == []
+    lone.run(NAMESAKE_S, silent=())
+    lone.hear(late, source=at(50))
+    assert lone.app.conflicts == [("n3", at(3), at(50))], "nothing is that late"
 
 
 def insisting(lone: Lone) -> Ping:
