@@ -135,7 +135,7 @@ $(MADE)/dev: $(MADE)/demo $(MADE)/nixl
 
 # What the benchmarks are measured against, beside our environment and not in it. Debian's packages are unpacked, not
 # installed: no service starts, and no root is needed but for apt's lists. What cannot be had is a row that says so.
-$(MADE)/bench: $(MADE)/venv
+$(MADE)/bench: $(MADE)/nixl
 	@echo "==> set-up: what the benchmarks are measured against (about 60 MB the first time)" >&2
 	@mkdir -p .venv/bench/debian
 	@for package in $(BASELINES); do $(PIP) install --no-deps --upgrade --target .venv/bench "$$package" || \

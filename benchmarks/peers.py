@@ -116,7 +116,7 @@ def nixl_read(chunk_bytes: int, count: int, _: str) -> None:
 def _nixl(name: str, *, own_thread: bool) -> Any:
     """An agent of NIXL's own Python API, whose UCX has nothing but TCP."""
     os.environ["UCX_TLS"] = "tcp"
-    api = import_module("nixl._api")
+    api = import_module("nixl_cu12._api")
     return api.nixl_agent(name, api.nixl_agent_config(enable_prog_thread=own_thread, backends=["UCX"]))
 
 

@@ -103,7 +103,7 @@ def mooncake(chunk_bytes: int, count: int) -> Iterator[Call]:
 @contextmanager
 def nixl(chunk_bytes: int, count: int) -> Iterator[Call]:
     """NIXL's own Python API over UCX's tcp: one transfer with a descriptor a chunk, between two processes."""
-    need_package("nixl")
+    need_package("nixl_cu12")
     with _one_sided("nixl", chunk_bytes, count) as read:
         yield read
 
