@@ -18,7 +18,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -61,10 +61,11 @@ class _Said(bytes):
 class _Peer:
     """One connection."""
 
-    __slots__ = ("closed", "connection", "filled", "head", "name", "outbox", "payload", "socket", "waits")
+    __slots__ = ("address", "closed", "connection", "filled", "head", "name", "outbox", "payload", "socket", "waits")
 
-    def __init__(self, name: bytes, accepted: socket.socket) -> None:
+    def __init__(self, name: bytes, accepted: socket.socket, address: tuple[Any, ...]) -> None:
         self.name = name
+        self.address = address
         self.socket = accepted
         self.outbox = Outbox(accepted)
         self.connection = Connection(Null(b"ROUTER", b"DEALER"), part_bytes_max=MESSAGE_BYTES_MAX, parts_max=1)
@@ -125,7 +126,7 @@ class Port:
     def _accept(self) -> None:
         for _ in range(ACCEPTS_PER_TURN):
             try:
-                accepted, _ = self._listening.accept()
+                accepted, address = self._listening.accept()
             except BlockingIOError:
                 return
             except (ConnectionError, InterruptedError):
@@ -138,13 +139,13 @@ class Port:
                 self._counters.refused += 1
                 accepted.close()
             else:
-                self._welcome(accepted)
+                self._welcome(accepted, address)
 
     def _accept_again(self) -> None:
         self._retry = None
         self._loop.add_reader(self._listening, self._accept)
 
-    def _welcome(self, accepted: socket.socket) -> None:
+    def _welcome(self, accepted: socket.socket, address: tuple[Any, ...]) -> None:
         accepted.setblocking(False)
         try:
             for level, option, value in OPTIONS:
@@ -152,7 +153,7 @@ class Port:
         except OSError:  # it is gone already
             accepted.close()
             return
-        peer = _Peer(next(self._names).to_bytes(8, "big"), accepted)
+        peer = _Peer(next(self._names).to_bytes(8, "big"), accepted, address)
         self._peers[peer.name] = peer
         peer.connection.open(time.monotonic())
         self._loop.add_reader(accepted, self._receive, peer)
@@ -190,7 +191,8 @@ class Port:
             pass
         except ZmtpError as error:
             self._counters.malformed += 1
-            log.info("a connection to the mesh port is closed: %s", error)
+            # Whoever scans the port says it as often as it likes: that is counted, and not for every log.
+            log.debug("a connection to the mesh port from %s is closed: %s", peer.address, error)
             self._lose(peer)
         except OSError:
             self._lose(peer)
